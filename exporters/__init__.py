@@ -1,0 +1,1 @@
+"""Writers of deployable model files."""

@@ -1,0 +1,23 @@
+"""ONNX exporter: one file with bit-packed `BinaryMatMul` nodes, written tensor by tensor, read back and checked.
+
+    export_onnx(weights, Path("model.onnx"))            write
+    verify_export(weights, Path("model.onnx"), ids)     compare with the numpy reference
+    open_onnx(Path("model.onnx"))                       read the weights back
+
+Needs `pip install 'fbiedge[export]'`; never torch.
+"""
+
+from .export import ExportReport, export_onnx
+from .options import ExportOptions
+from .reader import open_onnx
+from .verify import VerifyReport, default_text_ids, verify_export
+
+__all__ = [
+    "ExportOptions",
+    "ExportReport",
+    "VerifyReport",
+    "default_text_ids",
+    "export_onnx",
+    "open_onnx",
+    "verify_export",
+]

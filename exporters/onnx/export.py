@@ -1,0 +1,90 @@
+"""`export_onnx`: weights -> model.onnx. Fits the parts together; see graph.py, plan.py, fallback.py and writer.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx import FunctionProto, GraphProto, ModelProto, helper
+
+import fbiedge
+from fbiedge.config import ModelConfig
+from fbiedge.weights import Weights
+
+from .fallback import DOMAIN, OPSET, binary_matmul_function
+from .graph import CONTRIB, build_graph
+from .metadata import make_metadata
+from .options import AccuracyLevel, ExportOptions, Head, Storage
+from .plan import Losses, inventory, plan_tensors
+from .writer import EMBED_LIMIT_BYTES, Progress, write_model
+
+IR_VERSION = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written, and what its form can't hold exactly."""
+
+    model: Path
+    data: Path | None  # external data, for models above 64 MB
+    model_bytes: int
+    data_bytes: int
+    inventory: Sequence[dict[str, Any]]  # sizes by group, see plan.inventory
+    zeros: int  # latent weights that were exactly 0 and became +1
+    seconds: float
+
+
+def export_onnx(
+    weights: Weights,
+    out: Path,
+    *,
+    accuracy_level: AccuracyLevel = "int8",
+    head: Head = "int8",
+    embedding: Storage = "fp32",
+    block_scales: Storage = "fp16",
+    embed_limit_bytes: int = EMBED_LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write `weights` as an ONNX model at `out`, replacing an older file, holding about one tensor in memory.
+
+    Raises UsageError (an option or head_dim that can't be), CheckpointError (weights that contradict their config) or
+    OutputError (disk full, no permission); then nothing new is left at `out`.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    options = ExportOptions(accuracy_level=accuracy_level, head=head, embedding=embedding, block_scales=block_scales)
+    losses = Losses()
+    sources = list(plan_tensors(weights, options, losses))
+    rows = inventory([spec for source in sources for spec in source.specs])
+    model = _model(weights.config, build_graph(weights.config, options))
+    helper.set_model_props(model, make_metadata(weights.config, weights.files, options, rows))
+    written = write_model(model, sources, out, embed_limit_bytes=embed_limit_bytes, progress=progress)
+    return ExportReport(
+        model=written.model,
+        data=written.data,
+        model_bytes=written.model_bytes,
+        data_bytes=written.data_bytes,
+        inventory=rows,
+        zeros=losses.zeros,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _model(config: ModelConfig, graph: GraphProto) -> ModelProto:
+    binary = config.scaling_pattern != "none"
+    functions: list[FunctionProto] = [binary_matmul_function(config.scaling_pattern)] if binary else []
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    if binary:
+        opsets.append(helper.make_opsetid(DOMAIN, 1))
+    model: ModelProto = helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=opsets,
+        ir_version=IR_VERSION,
+        producer_name="fbiedge",
+        producer_version=fbiedge.__version__,
+    )
+    return model

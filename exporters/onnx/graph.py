@@ -1,0 +1,222 @@
+"""The graph of a Llama, binary or not, built node by node; its weights are only named here (see plan.py).
+
+Inputs and outputs have onnxruntime-genai's names. Keys and values stay in place when one buffer of maximal length is
+bound as past and present of a layer. Logits come for every position, which perplexity needs.
+
+    x = embedding[input_ids]
+    per layer:  x += o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
+                x += down_proj(silu(gate_proj(norm(x))) · up_proj(norm(x)))
+    logits = lm_head(norm(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from fbiedge.config import BLOCK_SIZE, ModelConfig
+from fbiedge.errors import UsageError
+
+from .fallback import DOMAIN, OP_TYPE
+from .head import BLOCK as HEAD_BLOCK
+from .options import ACCURACY_LEVELS, ExportOptions
+
+CONTRIB = "com.microsoft"
+
+# GroupQueryAttention rejects other head sizes when it runs (ONNX Runtime 1.18 to 1.31).
+_HEAD_DIM_MULTIPLE = 8
+_FUSED_ROPE_MULTIPLE = 16
+
+
+def build_graph(config: ModelConfig, options: ExportOptions) -> GraphProto:
+    """The graph without its weights: the writer adds those as initializers.
+
+    Raises UsageError for a head_dim that ONNX Runtime's attention can't take.
+    """
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
+        raise UsageError(
+            f"head_dim is {config.head_dim}, but ONNX Runtime's GroupQueryAttention takes multiples of "
+            f"{_HEAD_DIM_MULTIPLE} only; this model can't be exported to ONNX"
+        )
+    builder = _Builder(config, options)
+    builder.prologue()
+    builder.embedding()
+    for layer in range(config.num_hidden_layers):
+        builder.layer(layer)
+    builder.head()
+    return helper.make_graph(builder.nodes, "fbiedge", _inputs(config), _outputs(config), initializer=builder.constants)
+
+
+def _inputs(config: ModelConfig) -> list[ValueInfoProto]:
+    infos = [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence_length"]),
+        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total_sequence_length"]),
+    ]
+    return infos + _cache_infos(config, "past_key_values", "past_sequence_length")
+
+
+def _outputs(config: ModelConfig) -> list[ValueInfoProto]:
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence_length", config.vocab_size])
+    return [logits, *_cache_infos(config, "present", "present_sequence_length")]
+
+
+def _cache_infos(config: ModelConfig, prefix: str, length: str) -> list[ValueInfoProto]:
+    shape: list[str | int | None] = ["batch", config.num_key_value_heads, length, config.head_dim]
+    return [
+        helper.make_tensor_value_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)
+        for layer in range(config.num_hidden_layers)
+        for part in ("key", "value")
+    ]
+
+
+class _Builder:
+    """Appends nodes in order; methods take and return names of values."""
+
+    def __init__(self, config: ModelConfig, options: ExportOptions) -> None:
+        self.config = config
+        self.options = options
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.fused_rope = config.head_dim % _FUSED_ROPE_MULTIPLE == 0
+        self.residual = ""  # sum of all blocks so far
+        self.pending = ""  # output of the last block, to be added to the residual by the next norm
+
+    def node(
+        self,
+        op_type: str,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Add a node called `name`; its first output, named like the node unless given, is returned."""
+        outputs = list(outputs) or [name]
+        self.nodes.append(helper.make_node(op_type, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, values: Sequence[int]) -> str:
+        self.constants.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def prologue(self) -> None:
+        """Lengths that every attention needs: past + new tokens - 1 by row of the batch, and the mask's width."""
+        last_axis, one = self.constant("constants.last_axis", [-1]), self.constant("constants.one", [1])
+        lengths = self.node("ReduceSum", "lengths.sum", ["attention_mask", last_axis], keepdims=0)
+        last = self.node("Sub", "lengths.last", [lengths, one])
+        self.node("Cast", "lengths.last_int32", [last], to=TensorProto.INT32)
+        total = self.node("Shape", "lengths.total", ["attention_mask"], start=1, end=2)
+        self.node("Cast", "lengths.total_int32", [total], to=TensorProto.INT32)
+        if not self.fused_rope:
+            self.positions(last_axis, one)
+
+    def positions(self, last_axis: str, one: str) -> None:
+        """Position of each new token: how many tokens the mask shows before it; its columns end with the new ones."""
+        zero = self.constant("constants.zero", [0])
+        axis = self.constant("constants.axis_one", [1])
+        far = self.constant("constants.end", [np.iinfo(np.int64).max])
+        counts = self.node("CumSum", "positions.counts", ["attention_mask", axis])
+        shifted = self.node("Sub", "positions.shifted", [counts, one])
+        clipped = self.node("Max", "positions.all", [shifted, zero])
+        length = self.node("Shape", "positions.new_length", ["input_ids"], start=1, end=2)
+        start = self.node("Neg", "positions.start", [length])
+        self.node("Slice", "positions", [clipped, start, far, last_axis])
+
+    def embedding(self) -> None:
+        fp16 = self.options.embedding == "fp16"
+        name = "model.embed_tokens"
+        rows = self.node("Gather", f"{name}.rows" if fp16 else name, [f"{name}.weight", "input_ids"])
+        self.residual = self.node("Cast", name, [rows], to=TensorProto.FLOAT) if fp16 else rows
+
+    def norm(self, name: str) -> str:
+        """RMS norm of residual + pending block; the sum becomes the new residual."""
+        epsilon, weight = self.config.rms_norm_eps, f"{name}.weight"
+        if not self.pending:
+            return self.node(
+                "SimplifiedLayerNormalization", name, [self.residual, weight], axis=-1, epsilon=epsilon, stash_type=1
+            )
+        total = f"{name}.residual"
+        outputs = [name, "", "", total]
+        inputs = [self.residual, self.pending, weight]
+        self.node("SkipSimplifiedLayerNormalization", name, inputs, outputs, CONTRIB, epsilon=epsilon)
+        self.residual, self.pending = total, ""
+        return name
+
+    def linear(self, name: str, x: str) -> str:
+        n, k = self.config.linear_shapes()[name.split(".", 3)[3]]
+        form = self.config.scaling_pattern
+        if form == "none":
+            return self.node("MatMul", name, [x, f"{name}.weight"])
+        inputs = [x, f"{name}.bits", f"{name}.alpha"]
+        if form != "block":
+            inputs.append(f"{name}.beta")
+        return self.node(
+            OP_TYPE,
+            name,
+            inputs,
+            domain=DOMAIN,
+            K=k,
+            N=n,
+            scale_form=form,
+            block_size=BLOCK_SIZE if form == "block" else 0,
+            accuracy_level=ACCURACY_LEVELS[self.options.accuracy_level],
+        )
+
+    def layer(self, index: int) -> None:
+        prefix = f"model.layers.{index}"
+        x = self.norm(f"{prefix}.input_layernorm")
+        attended = self.attention(f"{prefix}.self_attn", index, x)
+        self.pending = self.linear(f"{prefix}.self_attn.o_proj", attended)
+        x = self.norm(f"{prefix}.post_attention_layernorm")
+        gate = self.linear(f"{prefix}.mlp.gate_proj", x)
+        up = self.linear(f"{prefix}.mlp.up_proj", x)
+        sigmoid = self.node("Sigmoid", f"{prefix}.mlp.sigmoid", [gate])
+        silu = self.node("Mul", f"{prefix}.mlp.silu", [gate, sigmoid])
+        product = self.node("Mul", f"{prefix}.mlp.product", [silu, up])
+        self.pending = self.linear(f"{prefix}.mlp.down_proj", product)
+
+    def attention(self, name: str, index: int, x: str) -> str:
+        q, k, v = (self.linear(f"{name}.{part}_proj", x) for part in "qkv")
+        inputs = ["lengths.last_int32", "lengths.total_int32"]
+        if self.fused_rope:
+            inputs += ["rope.cos", "rope.sin"]
+        else:
+            q, k = self.rope(f"{name}.q_rope", q), self.rope(f"{name}.k_rope", k)
+        past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        return self.node(
+            "GroupQueryAttention",
+            f"{name}.attention",
+            [q, k, v, *past, *inputs],
+            [f"{name}.attention", f"present.{index}.key", f"present.{index}.value"],
+            CONTRIB,
+            num_heads=self.config.num_attention_heads,
+            kv_num_heads=self.config.num_key_value_heads,
+            do_rotary=int(self.fused_rope),
+            rotary_interleaved=0,
+            scale=self.config.head_dim**-0.5,
+        )
+
+    def rope(self, name: str, x: str) -> str:
+        inputs = [x, "positions", "rope.cos", "rope.sin"]
+        return self.node("RotaryEmbedding", name, inputs, domain=CONTRIB, interleaved=0)
+
+    def head(self) -> None:
+        x = self.norm("model.norm")
+        if self.options.head == "fp32":
+            self.node("MatMul", "lm_head", [x, "lm_head.weight"], ["logits"])
+            return
+        self.node(
+            "MatMulNBits",
+            "lm_head",
+            [x, "lm_head.codes", "lm_head.scales"],
+            ["logits"],
+            CONTRIB,
+            K=self.config.hidden_size,
+            N=self.config.vocab_size,
+            bits=8,
+            block_size=HEAD_BLOCK,
+            accuracy_level=ACCURACY_LEVELS[self.options.accuracy_level],
+        )

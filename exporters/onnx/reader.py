@@ -1,0 +1,176 @@
+"""`open_onnx`: reads a model file of ours back as Weights, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import ModelProto, TensorProto, helper
+
+from fbiedge.bits import untile_bits
+from fbiedge.config import BLOCK_SIZE, ModelConfig
+from fbiedge.errors import ModelFileError
+from fbiedge.weights import BinaryLinear, Weights
+
+from .fallback import DOMAIN, OP_TYPE
+from .head import dequantize_head
+from .metadata import read_metadata
+from .plan import untile_scales
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    TensorProto.FLOAT: np.dtype("<f4"),
+    TensorProto.FLOAT16: np.dtype("<f2"),
+    TensorProto.UINT8: np.dtype("u1"),
+}
+
+
+def open_onnx(path: Path) -> Weights:
+    """Open a model file of ours. An int8 head and fp16 scales are read as the values the model computes with.
+
+    Raises ModelFileError: no such file, not ONNX, not ours, truncated, inconsistent, or external data missing or short.
+    """
+    path = Path(path)
+    model = load_model(path)
+    config, files = read_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
+    _check_nodes(path, model, config)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for tensor in tensors.values():
+        _check_storage(path, tensor)
+    return OnnxWeights(config=config, files=files, path=path, tensors=tensors)
+
+
+def load_model(path: Path) -> ModelProto:
+    """The model without its external data. Raises ModelFileError where that fails."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path} doesn't exist; expected a model.onnx") from error
+    except OSError as error:
+        raise ModelFileError(f"can't read {path}: {error.strerror or error}") from error
+    except (DecodeError, ValueError) as error:
+        raise ModelFileError(f"{path} is not an ONNX file, or is truncated; export it again") from error
+    if not model.graph.node:
+        raise ModelFileError(f"{path} is not an ONNX file, or is truncated: it holds no graph; export it again")
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxWeights:
+    """Weights read from a model file; make one with `open_onnx`."""
+
+    config: ModelConfig
+    files: Mapping[str, str]
+    path: Path
+    tensors: Mapping[str, TensorProto]
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """See Weights."""
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        if name == "lm_head.weight":
+            if "lm_head.codes" in self.tensors:
+                codes, scales = self._read("lm_head.codes"), self._read("lm_head.scales")
+                if codes.shape[0] != vocab or codes.size != 32 * scales.size:
+                    raise self._wrong("lm_head.codes", codes.shape, (vocab, -(-hidden // 32), 32))
+                return dequantize_head(codes, scales, hidden)
+            return np.ascontiguousarray(self._read(name, (hidden, vocab)).T)
+        shape = (vocab, hidden) if name == "model.embed_tokens.weight" else (hidden,)
+        return self._read(name, shape).astype(np.float32, copy=False)
+
+    def linear(self, name: str) -> BinaryLinear | npt.NDArray[np.float32]:
+        """See Weights."""
+        n, k = self.config.linear_shapes()[name.split(".", 3)[3]]
+        pattern = self.config.scaling_pattern
+        if pattern == "none":
+            return np.ascontiguousarray(self._read(f"{name}.weight", (k, n)).T)
+        beta = None
+        if pattern == "block":
+            tiled = self._read(f"{name}.alpha", (-(-n // 16), -(-k // BLOCK_SIZE), 16))
+            alpha = untile_scales(tiled, n)
+        else:
+            scale_shape = {"column": (k,), "row": (n,), "single": (1,)}[pattern]
+            alpha, beta = self._read(f"{name}.alpha", scale_shape), self._read(f"{name}.beta", scale_shape)
+        tiles = self._read(f"{name}.bits", (-(-n // 16), -(-k // 32), 64))
+        packed = untile_bits(tiles, n, k)
+        return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
+
+    def _read(self, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+        if name not in self.tensors:
+            raise ModelFileError(f"{self.path} lacks the tensor {name}; export it again")
+        tensor = self.tensors[name]
+        dims = tuple(tensor.dims)
+        if shape is not None and dims != shape:
+            raise self._wrong(name, dims, shape)
+        dtype = _DTYPES[tensor.data_type]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return np.frombuffer(tensor.raw_data, dtype).reshape(dims)
+        location, offset, _ = _external(self.path, tensor)
+        try:
+            array = np.fromfile(location, dtype, count=prod(dims), offset=offset)
+        except OSError as error:
+            raise ModelFileError(f"can't read {location}: {error.strerror or error}") from error
+        return array.reshape(dims)
+
+    def _wrong(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> ModelFileError:
+        return ModelFileError(f"{self.path}: {name} has shape {got}, expected {expected} by its config")
+
+
+def _check_nodes(path: Path, model: ModelProto, config: ModelConfig) -> None:
+    """Every BinaryMatMul must have the sizes and the form that the config gives it."""
+    shapes = config.linear_shapes()
+    for node in model.graph.node:
+        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+            continue
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        got = (attributes.get("N"), attributes.get("K"), attributes.get("scale_form", b"").decode())
+        shape = shapes.get(".".join(node.name.split(".")[3:]))
+        if shape is None or got != (*shape, config.scaling_pattern):
+            expected = "no such node" if shape is None else f"{shape[0]}, {shape[1]}, {config.scaling_pattern!r}"
+            raise ModelFileError(
+                f"{path}: the node {node.name} has N, K, scale_form {got[0]}, {got[1]}, {got[2]!r}, "
+                f"expected {expected} by its config"
+            )
+
+
+def _check_storage(path: Path, tensor: TensorProto) -> None:
+    """The bytes of a tensor must be there, all of them."""
+    if tensor.data_type == TensorProto.INT64:
+        return  # constants of the graph
+    if tensor.data_type not in _DTYPES:
+        raise ModelFileError(f"{path}: {tensor.name} has ONNX data type {tensor.data_type}, which fbiedge never writes")
+    wanted = prod(tensor.dims) * _DTYPES[tensor.data_type].itemsize
+    if tensor.data_location != TensorProto.EXTERNAL:
+        held = len(tensor.raw_data)
+    else:
+        location, offset, held = _external(path, tensor)
+        try:
+            size = location.stat().st_size
+        except OSError as error:
+            raise ModelFileError(f"{path} needs {location.name} beside it: {error.strerror or error}") from error
+        if size < offset + held:
+            raise ModelFileError(
+                f"{location} has {size} bytes, but {tensor.name} ends at {offset + held}; it is truncated: copy it again"
+            )
+    if held != wanted:
+        raise ModelFileError(f"{path}: {tensor.name} holds {held} bytes, expected {wanted} for {tuple(tensor.dims)}")
+
+
+def _external(path: Path, tensor: TensorProto) -> tuple[Path, int, int]:
+    """File, offset and length of external data; only a plain name beside the model is followed."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if not location or Path(location).name != location:
+        raise ModelFileError(f"{path}: {tensor.name} lies in {location!r}, expected a file beside the model")
+    try:
+        offset, length = int(entries["offset"]), int(entries["length"])
+    except (KeyError, ValueError) as error:
+        raise ModelFileError(f"{path}: {tensor.name} has no usable offset and length of its data") from error
+    if offset < 0 or length < 0:
+        raise ModelFileError(f"{path}: {tensor.name} has a negative offset or length of its data")
+    return path.with_name(location), offset, length

@@ -1,0 +1,136 @@
+"""`verify_export`: what an export lost, measured on a text: the ONNX file against the numpy reference.
+
+The file runs in ONNX Runtime with our op library where that can be loaded, else on its stock-operator fallback; the
+report says which. All tokens go through one prefill from an empty cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fbiedge.config import ModelConfig
+from fbiedge.errors import FbiEdgeError, ModelFileError, OpLibraryError, UsageError
+from fbiedge.metrics import compare_logits
+from fbiedge.reference import Reference
+from fbiedge.weights import Weights
+
+DEFAULT_TEXT = (
+    "Once upon a time there was a small town by the sea. Every morning the fishermen took their boats out, and every "
+    "evening the children ran down to the harbour to see what they had caught. One winter the wind blew so hard that "
+    "nobody could leave the shore for three weeks. The people shared what was in their kitchens, told each other old "
+    "stories by the fire, and waited. When the sky cleared at last, the oldest of them said that it had been the best "
+    "winter of her life."
+)
+DEFAULT_TOKENS = 128
+
+# Dense float32 weights that the reference may keep in memory. Above it, it reads each tensor as it goes (slower, and
+# one tensor in memory), and the text is cut: a multiply-add by token and weight is what a check costs.
+RESIDENT_LIMIT_BYTES = 2 * 1000**3
+_MULTIPLY_ADDS = 200 * 1000**3  # about 10 seconds of numpy on two cores
+_FEWEST_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """Loss over `tokens` positions; `note` says in one line what ran and, where the text was cut, why."""
+
+    max_logit_error: float
+    kl_divergence: float  # KL(reference || ONNX), mean over positions, in nats
+    top1_agreement: float  # 0 to 1
+    tokens: int
+    op_library: bool  # False: the fallback in stock operators ran
+    note: str
+
+
+def verify_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) -> VerifyReport:
+    """Compare the logits of `onnx_path` with those of `weights` on `text_ids`, cut to what is affordable.
+
+    Raises ModelFileError where ONNX Runtime refuses the file, UsageError for no ids or ids outside the vocabulary.
+    """
+    config = weights.config
+    parameters = _matrix_parameters(config)
+    affordable = min(config.max_position_embeddings, max(_FEWEST_TOKENS, _MULTIPLY_ADDS // parameters))
+    ids = list(text_ids)[:affordable]
+    if not ids:
+        raise UsageError("verification needs at least one token; give a text that isn't empty")
+    resident = 4 * parameters <= RESIDENT_LIMIT_BYTES
+    expected = Reference(weights, resident=resident).logits(ids)
+    got, library = _onnx_logits(config, Path(onnx_path), ids)
+    loss = compare_logits(expected, got)
+    engine = "the op library" if library else "the stock-operator fallback (no op library)"
+    cut = f", cut from {len(text_ids)} tokens" if len(ids) < len(text_ids) else ""
+    return VerifyReport(
+        max_logit_error=loss.max_abs_error,
+        kl_divergence=loss.kl_divergence,
+        top1_agreement=loss.top1_agreement,
+        tokens=len(ids),
+        op_library=library,
+        note=f"{len(ids)} tokens{cut}, through {engine}",
+    )
+
+
+def default_text_ids(weights: Weights, text: str = DEFAULT_TEXT, limit: int = DEFAULT_TOKENS) -> list[int]:
+    """`text` in the model's own tokens, or random ids (the same each time) where it has no tokenizer.
+
+    Raises UsageError where tokenizer.json is unusable.
+    """
+    vocab = weights.config.vocab_size
+    source = weights.files.get("tokenizer.json")
+    if source is None:
+        return [int(token) for token in np.random.default_rng(0).integers(0, vocab, limit)]
+    from tokenizers import Tokenizer
+
+    try:
+        ids = Tokenizer.from_str(source).encode(text).ids[:limit]
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UsageError(f"tokenizer.json can't be used: {error}") from error
+    if not ids or max(ids) >= vocab:
+        raise UsageError(f"tokenizer.json gives ids up to {max(ids, default=0)}, but the vocabulary is {vocab}")
+    return list(ids)
+
+
+def _matrix_parameters(config: ModelConfig) -> int:
+    layer = sum(prod(shape) for shape in config.linear_shapes().values())
+    return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
+
+
+def _onnx_logits(config: ModelConfig, path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], bool]:
+    """Logits [T, vocab] of one prefill, and whether the op library ran."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    library = _register_library(options)
+    empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
+    feeds: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.array([ids], np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+    }
+    for layer in range(config.num_hidden_layers):
+        feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        (logits,) = session.run(["logits"], feeds)
+    except FbiEdgeError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFileError(f"ONNX Runtime refuses {path}: {reason}") from error
+    return logits[0], library
+
+
+def _register_library(options: object) -> bool:
+    try:
+        from fbiedge.ops_library import library_path
+
+        options.register_custom_ops_library(str(library_path()))  # type: ignore[attr-defined]
+    except (ImportError, OpLibraryError):
+        return False
+    return True
