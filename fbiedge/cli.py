@@ -1,0 +1,311 @@
+"""The command `fbiedge`. Commands only fit parts together; what they need is imported when they run, so that `--help`
+is quick and a device needs neither onnx nor torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import FbiEdgeError, UsageError
+
+app = typer.Typer(
+    help="Train, export and run fully binarized language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[Path | None, typer.Argument(help="model.onnx made by `fbiedge export`; default: the bundled model")]
+Threads = Annotated[int | None, typer.Option(help="threads; default: one for each core")]
+AccuracyLevel = Annotated[str | None, typer.Option(help="activations: int8 or fp32; default: the model's")]
+Context = Annotated[int | None, typer.Option(help="tokens the KV cache holds; default: the model's most")]
+MaxTokens = Annotated[int | None, typer.Option(help="stop after this many tokens")]
+Temperature = Annotated[float | None, typer.Option(help="0 always picks the most likely token")]
+TopK = Annotated[int | None, typer.Option(help="keep the k most likely tokens; 0 keeps all")]
+TopP = Annotated[float | None, typer.Option(help="keep the most likely tokens up to this probability; 1 keeps all")]
+MinP = Annotated[float | None, typer.Option(help="keep tokens with this share of the best's probability")]
+Penalty = Annotated[float | None, typer.Option(help="above 1 makes recent tokens less likely")]
+Seed = Annotated[int | None, typer.Option(help="the same seed gives the same text")]
+Stop = Annotated[list[str] | None, typer.Option(help="end the text before this string; may be given again")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"fbiedge {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    accuracy_level: AccuracyLevel = None,
+    context: Context = None,
+) -> None:
+    """Chat with a model. In a pipe, every line is a turn."""
+    from . import terminal
+    from .chat import Chat
+
+    session = _open_session(model, threads, accuracy_level, context)
+    options = _generation_options(
+        session, max_tokens, stop, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    terminal.run_chat(Chat(session, options, system=system))
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="text to continue; absent or -: read it from a pipe"),
+    ] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    accuracy_level: AccuracyLevel = None,
+    context: Context = None,
+) -> None:
+    """Continue a text on stdout; speed goes to stderr."""
+    from . import terminal
+    from .generate import end_tokens
+    from .generate import generate as run
+    from .tokenizer import Tokenizer
+
+    if prompt is None or prompt == "-":
+        prompt = terminal.read_prompt()
+    session = _open_session(model, threads, accuracy_level, context)
+    options = _generation_options(
+        session, max_tokens, stop, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    tokenizer = Tokenizer.from_model(session.model)
+    ends = end_tokens(session.model, tokenizer)
+    with terminal.interruptible() as cancelled:
+        events = run(session, tokenizer, tokenizer.encode(prompt), options, ends=ends, cancelled=cancelled)
+        stats = terminal.stream_answer(events)
+    terminal.print_stats(stats, session, engine=True)
+    if stats.finish_reason == "cancelled":
+        raise typer.Exit(130)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="model.onnx or a checkpoint folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Show what a model is made of: architecture, scale form, bits a weight, sizes, metadata."""
+    from . import inspection, terminal
+
+    found = inspection.inspect(path)
+    if as_json:
+        terminal.print_text(json.dumps(found.to_dict(), indent=2))
+    else:
+        terminal.print_inspection(found)
+
+
+@app.command()
+def library(isa: Annotated[bool, typer.Option("--isa", help="which kernels this machine can run")] = False) -> None:
+    """Print the path of the op library, to register in any ONNX Runtime session."""
+    from . import ops_library, terminal
+
+    path = ops_library.library_path()
+    if not isa:
+        terminal.print_text(str(path))
+        return
+    active = ops_library.active_isa()
+    for name in ops_library.available_isas():
+        terminal.print_text(f"{name} (runs)" if name == active else name)
+
+
+@app.command()
+def init(
+    preset: Annotated[str, typer.Option(help="tiny, 130m, 1.3b, 7b or 13b")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
+    scaling_pattern: Annotated[str, typer.Option(help="column, row, single or block")] = "column",
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+) -> None:
+    """Write a checkpoint with random weights, for tests and benchmarks."""
+    from dataclasses import replace
+
+    from . import config, terminal
+
+    shape = config.preset(preset)
+    patterns = ("column", "row", "single", "block")
+    if scaling_pattern not in patterns:
+        raise UsageError(f"scaling pattern is {scaling_pattern!r}, expected one of {', '.join(patterns)}")
+    if seed < 0:
+        raise UsageError(f"seed is {seed}, expected a whole number of at least 0")
+    with _extra("export"):
+        from .initialize import init_checkpoint
+    with terminal.progress_bar("writing") as update:
+        init_checkpoint(replace(shape, scaling_pattern=scaling_pattern), output, seed, update)  # type: ignore[arg-type]
+    terminal.print_text(f"wrote {output}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder in the form of FBI-LLM or Hugging Face")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
+    to: Annotated[str, typer.Option(help="format: onnx")] = "onnx",
+    accuracy_level: Annotated[str, typer.Option(help="activations: int8 or fp32")] = "int8",
+    head: Annotated[str, typer.Option(help="lm_head: int8 or fp32")] = "int8",
+    embedding: Annotated[str, typer.Option(help="embedding: fp32 or fp16")] = "fp32",
+    verify_text: Annotated[
+        Path | None, typer.Option(help="text to measure the loss on; default: a built-in one")
+    ] = None,
+) -> None:
+    """Export a checkpoint to a model.onnx, check it against the reference, and print what was lost."""
+    from . import terminal
+    from .weights import open_checkpoint
+
+    if to != "onnx":
+        raise UsageError(f"format is {to!r}, expected onnx")
+    text = _read_text(verify_text) if verify_text else None
+    with _extra("export"):
+        exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
+    weights = open_checkpoint(checkpoint)
+    with terminal.progress_bar("exporting") as update:
+        report = exporter.export_onnx(
+            weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding,
+            progress=lambda _name, done, total: update(done, total),
+        )  # fmt: skip
+    ids = exporter.default_text_ids(weights) if text is None else exporter.default_text_ids(weights, text)
+    terminal.print_export(report, exporter.verify_export(weights, output, ids))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> None:
+    """Train a model: teacher, tokenizer, distillation. `fbiedge train --help` lists the steps."""
+    with _extra("train"):
+        importlib.import_module("torch")
+        training: Any = importlib.import_module("fbiedge.training.cli")
+    training.main(context.args)
+
+
+def _open_session(model: Path | None, threads: int | None, accuracy_level: str | None, context: int | None) -> Any:
+    """The session, after a warning where it runs on the fallback."""
+    from . import terminal
+    from .session import Session
+
+    path = model or _bundled_model()
+    session = Session.open(path, threads=threads, accuracy_level=accuracy_level, context=context)
+    if session.fallback_reason:
+        terminal.print_warning(f"{session.fallback_reason}; running on stock ops, which are slower")
+    return session
+
+
+def _bundled_model() -> Path:
+    import importlib.resources
+
+    path = Path(str(importlib.resources.files("fbiedge") / "models" / "default.onnx"))
+    if not path.is_file():
+        raise UsageError("this installation has no bundled model; give the path of a model.onnx")
+    return path
+
+
+def _generation_options(session: Any, max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> Any:
+    from .generate import GenerationOptions
+    from .sampling import SamplingOptions
+
+    recommended = session.model.json_object("generation_config")
+    return GenerationOptions(
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        sampling=SamplingOptions.from_generation_config(recommended, **sampling),
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the text {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turns a missing package into the extra of this distribution that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "fbiedge":
+            raise
+        raise UsageError(f"this needs {error.name}, which isn't installed: pip install 'fbiedge[{name}]'") from error
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line -> the exit code: 0, 2 for an error that was explained in one line, 130 for Ctrl-C."""
+    from . import terminal
+
+    terminal.prepare_streams()
+    try:
+        code = app(arguments, prog_name="fbiedge", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except FbiEdgeError as error:
+        terminal.print_error(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        _discard_stdout()  # the reader has gone, as in `| head`
+        return 1
+    except OSError as error:
+        _discard_stdout()
+        terminal.print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 2
+    except Exception as error:
+        # Errors in usage. typer takes click's class or its own copy of it, depending on its version; both say what is
+        # wrong by format_message().
+        if not hasattr(error, "format_message"):
+            raise
+        terminal.print_error(f"{error.format_message()} (see fbiedge --help)")
+        return 2
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout at exit; after a failed write that must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main() -> None:
+    """Entry point of the command `fbiedge`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What is inside a model.onnx or a checkpoint: architecture, scale form, bits a weight by group of tensors, sizes.
+
+From metadata and shapes alone: no weight is read, so a 7B model takes no longer than a tiny one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import BLOCK_SIZE, ModelConfig
+from .errors import ModelFileError
+from .model_file import ModelFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tensors of one kind. `bytes` as stored, scales included."""
+
+    group: str
+    tensors: int
+    parameters: int
+    bytes: int
+    form: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits by parameter, scales included."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """One model or checkpoint."""
+
+    path: Path
+    kind: str  # "onnx" or "checkpoint"
+    config: ModelConfig
+    groups: tuple[Group, ...]
+    files: dict[str, int]  # bytes by file name
+    properties: dict[str, str]  # what else there is to say, by name
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all groups."""
+        return sum(group.parameters for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "config": asdict(self.config),
+            "parameters": self.parameters,
+            "groups": [{**asdict(group), "bits_per_weight": group.bits_per_weight} for group in self.groups],
+            "files": self.files,
+            "properties": self.properties,
+        }
+
+
+def inspect(path: Path) -> Inspection:
+    """Inspect a model.onnx or a checkpoint folder. Raises ModelFileError, CheckpointError."""
+    path = Path(path)
+    if path.is_dir() and not (path / "model.onnx").is_file() and (path / "config.json").is_file():
+        return _inspect_checkpoint(path)
+    return _inspect_onnx(ModelFile.open(path))
+
+
+def _inspect_onnx(model: ModelFile) -> Inspection:
+    inventory = model.json("inventory") or []
+    try:
+        groups = tuple(
+            Group(**{name: entry[name] for name in ("group", "tensors", "parameters", "bytes", "form")})
+            for entry in inventory
+        )
+        if not all(isinstance(number, int) for g in groups for number in (g.tensors, g.parameters, g.bytes)):
+            raise TypeError
+    except (KeyError, TypeError) as error:
+        raise ModelFileError(f"{model.path} has an unusable fbiedge.inventory; export it again") from error
+    sizes = {
+        key: f"{len(text.encode()):,} bytes"
+        for key, text in model.metadata.items()
+        if key in ("config", "tokenizer", "tokenizer_config", "chat_template", "generation_config")
+    }
+    return Inspection(
+        path=model.path,
+        kind="onnx",
+        config=model.config,
+        groups=groups,
+        files={model.path.name: model.file_bytes, **model.external_bytes},
+        properties={
+            "scale form": model.config.scaling_pattern,
+            "accuracy level": model.accuracy_level,
+            "head": model.metadata.get("head", "unknown"),
+            "format version": model.metadata["format_version"],
+            "producer": model.metadata.get("producer", "unknown"),
+            **{f"metadata {key}": size for key, size in sizes.items()},
+        },
+    )
+
+
+def _inspect_checkpoint(path: Path) -> Inspection:
+    """From the shapes that config.json implies; opening the checkpoint checks that its tensors have them."""
+    from .weights import open_checkpoint
+
+    weights = open_checkpoint(path)
+    config = weights.config
+    layers = config.num_hidden_layers
+    vocab_parameters = config.vocab_size * config.hidden_size
+    norms = (2 * layers + 1) * config.hidden_size
+    groups = [Group(group="embedding", tensors=1, parameters=vocab_parameters, bytes=4 * vocab_parameters, form="full")]
+    for kind in ("self_attn", "mlp"):
+        shapes = [shape for name, shape in config.linear_shapes().items() if name.startswith(kind)]
+        parameters = layers * sum(n * k for n, k in shapes)
+        groups.append(
+            Group(
+                group="attention" if kind == "self_attn" else kind,
+                tensors=layers * len(shapes),
+                parameters=parameters,
+                bytes=layers * sum(_packed_bytes(config, n, k) for n, k in shapes),
+                form=config.scaling_pattern,
+            )
+        )
+    groups.append(Group(group="norms", tensors=2 * layers + 1, parameters=norms, bytes=4 * norms, form="full"))
+    if not config.tie_word_embeddings:
+        groups.append(
+            Group(group="head", tensors=1, parameters=vocab_parameters, bytes=4 * vocab_parameters, form="full")
+        )
+    return Inspection(
+        path=path,
+        kind="checkpoint",
+        config=config,
+        groups=tuple(groups),
+        files={file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()},
+        properties={
+            "scale form": config.scaling_pattern,
+            "sizes": "packed bits and fp32 scales, as an export holds them",
+        },
+    )
+
+
+def _packed_bytes(config: ModelConfig, n: int, k: int) -> int:
+    match config.scaling_pattern:
+        case "none":
+            return 4 * n * k
+        case "block":
+            return -(-k // 8) * n + 2 * n * -(-k // BLOCK_SIZE)
+        case "column":
+            scales = 2 * k
+        case "row":
+            scales = 2 * n
+        case "single":
+            scales = 2
+    return -(-k // 8) * n + 4 * scales

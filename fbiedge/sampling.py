@@ -1,0 +1,136 @@
+"""From logits to the next token.
+
+The steps and their order are those of Hugging Face's logits processors:
+
+    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+
+(llama.cpp truncates before the temperature; with temperature 1 the two agree.) Temperature 0 is greedy: the largest
+logit after the repetition penalty, the lowest id among equals. Every truncation keeps at least the most likely token,
+and breaks ties in favour of the lower id, so that a seed gives the same text everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ModelFileError, UsageError
+
+PENALTY_WINDOW = 64  # the repetition penalty looks this many tokens back, as llama.cpp's repeat_last_n
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to pick a token. Raises UsageError for a value that can't be used."""
+
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int = 40  # keep the k most likely; 0 keeps all
+    top_p: float = 0.95  # keep the smallest set of most likely tokens that reaches this probability; 1 keeps all
+    min_p: float = 0.05  # keep what has at least this share of the most likely token's probability; 0 keeps all
+    repetition_penalty: float = 1.0  # 1 is none; divides positive and multiplies negative logits of recent tokens
+    seed: int | None = None  # None draws one
+
+    def __post_init__(self) -> None:
+        for name, low, high, wants in (
+            ("temperature", 0.0, math.inf, "a number of at least 0"),
+            ("top_p", 0.0, 1.0, "a number from 0 to 1"),
+            ("min_p", 0.0, 1.0, "a number from 0 to 1"),
+            ("repetition_penalty", 0.0, math.inf, "a number above 0"),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not low <= value <= high:
+                raise UsageError(f"{name} is {value!r}, expected {wants}")
+        if self.repetition_penalty == 0:
+            raise UsageError("repetition_penalty is 0, expected a number above 0 (1 is no penalty)")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise UsageError(f"{name} is {value!r}, expected a whole number of at least 0")
+
+    @classmethod
+    def from_generation_config(cls, raw: dict[str, Any], **overrides: Any) -> SamplingOptions:
+        """What the model's generation_config.json recommends; `overrides` that are not None win. Raises UsageError."""
+        known = {entry.name for entry in fields(cls)}
+        chosen = {name: value for name, value in raw.items() if name in known and value is not None}
+        if raw.get("do_sample") is False:
+            chosen["temperature"] = 0.0
+        chosen |= {name: value for name, value in overrides.items() if value is not None}
+        return cls(**chosen)
+
+
+class Sampler:
+    """Draws tokens by `options`; with a seed, the same logits give the same tokens."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+
+    def sample(self, logits: npt.NDArray[np.float32], context: Sequence[int] = ()) -> int:
+        """The next token for `logits` [vocab] after the tokens `context`. Raises ModelFileError for NaN logits."""
+        if math.isnan(logits.max()):
+            raise ModelFileError("the model computes NaN; its file is damaged or was exported from a broken checkpoint")
+        options = self.options
+        if options.repetition_penalty != 1.0 and len(context):
+            logits = penalize(logits, context[-PENALTY_WINDOW:], options.repetition_penalty)
+        if options.temperature == 0:
+            return int(logits.argmax())
+        tokens, probabilities = candidates(logits, options)
+        cumulative = probabilities.cumsum()
+        draw = self._random.random() * cumulative[-1]
+        return int(tokens[min(int(cumulative.searchsorted(draw, side="right")), len(tokens) - 1)])
+
+
+def penalize(logits: npt.NDArray[np.float32], recent: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
+    """A copy of `logits` [vocab] where every token of `recent` is made less likely, each once."""
+    tokens = np.unique(np.asarray(recent, np.int64))
+    penalized: npt.NDArray[np.float32] = logits.copy()
+    chosen = penalized[tokens]
+    penalized[tokens] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return penalized
+
+
+def candidates(
+    logits: npt.NDArray[np.float32], options: SamplingOptions
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Tokens left by top-k, top-p and min-p, most likely first, and their probabilities relative to each other."""
+    vocab = len(logits)
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / options.temperature)  # the most likely has weight 1
+    limit = min(options.top_k or vocab, vocab)
+    if options.top_p < 1 and limit > 512:
+        # A full sort costs milliseconds at 32,000 tokens and is hardly ever needed: take ever larger heads of the order
+        # until one reaches top_p.
+        total, size = weights[_largest(weights, limit)].sum(), 256
+        tokens = _largest(weights, size)
+        while size < limit and weights[tokens].sum() < options.top_p * total:
+            size = min(size * 8, limit)
+            tokens = _largest(weights, size)
+    else:
+        tokens = _largest(weights, limit)
+        total = weights[tokens].sum()
+    tokens = tokens[np.argsort(-weights[tokens], kind="stable")]  # `_largest` returns ids in ascending order
+    kept = weights[tokens]
+    if options.top_p < 1:
+        before = np.concatenate(([0.0], kept.cumsum()[:-1]))  # what the more likely tokens have together
+        keep = before < options.top_p * total
+        keep[0] = True
+        tokens, kept = tokens[keep], kept[keep]
+    keep = kept >= options.min_p * kept[0]
+    return tokens[keep], kept[keep]
+
+
+def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """Ids of the `count` largest values, ascending; among equals the lower ids."""
+    if count >= len(values):
+        return np.arange(len(values))
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > threshold)
+    equal = np.flatnonzero(values == threshold)[: count - len(above)]
+    return np.sort(np.concatenate((above, equal)))

@@ -1,0 +1,245 @@
+"""A model in ONNX Runtime, with a KV cache that stays in place.
+
+    session = Session.open(Path("model.onnx"))
+    logits = session.forward([1, 15043])        # [vocab], for the token after the last
+    session.truncate(1)                         # forget all but the first token
+
+The cache is one buffer [1, kv_heads, capacity, head_size] for each layer's keys and values, bound as past and as present:
+GroupQueryAttention then writes the new rows where they belong and copies nothing. A position is valid up to
+`session.position`, so going back is free. Inputs and outputs are bound once; between two decoded tokens only the length
+of the attention mask changes. The buffers are zero pages until written, so a large context costs what is used of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from .config import ModelConfig
+from .cpu import default_threads
+from .errors import ModelFileError, OpLibraryError, UsageError
+from .model_file import ModelFile
+
+ACCURACY_LEVELS = ("int8", "fp32")
+CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy, and logits of 128 x 32,000 still fit a cache-poor device
+_SEVERITY_FATAL = 4  # ONNX Runtime also prints what it raises; the exception is enough
+
+
+class Session:
+    """One model with one KV cache, for one conversation at a time."""
+
+    def __init__(
+        self,
+        model: ModelFile,
+        onnx_session: Any,
+        *,
+        capacity: int,
+        threads: int,
+        accuracy_level: str,
+        isa: str | None,
+        fallback_reason: str | None,
+    ) -> None:
+        """Use `Session.open`."""
+        self.model = model
+        self.capacity = capacity  # tokens
+        self.threads = threads
+        self.accuracy_level = accuracy_level
+        self.isa = isa  # the kernels in use; None on the stock-ops fallback
+        self.fallback_reason = fallback_reason
+        self._onnx = onnx_session
+        self._tokens: list[int] = []
+        self._bind()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        threads: int | None = None,
+        accuracy_level: str | None = None,
+        context: int | None = None,
+    ) -> Session:
+        """Open the model at `path`.
+
+        threads: default_threads() when None. accuracy_level: `int8` or `fp32` instead of what the file asks for.
+        context: tokens the cache can hold, at most and by default the model's max_position_embeddings.
+        Where the op library can't be loaded, the session runs on stock ops and `fallback_reason` says why.
+        Raises ModelFileError, UsageError.
+        """
+        if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
+            raise UsageError(f"accuracy level is {accuracy_level!r}, expected one of {', '.join(ACCURACY_LEVELS)}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise UsageError(f"threads is {threads}, expected a number from 1 to 1024")
+        model = ModelFile.open(path)
+        longest = model.config.max_position_embeddings
+        if context is not None and not 1 <= context <= longest:
+            raise UsageError(f"context is {context}, expected a number from 1 to {longest}, the context of this model")
+        threads = threads or default_threads()
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = _SEVERITY_FATAL
+        if accuracy_level is not None:
+            options.add_session_config_entry("fbiedge.accuracy_level", accuracy_level)
+        isa, fallback_reason = None, None
+        try:
+            isa = _register_op_library(options)
+        except OpLibraryError as error:
+            fallback_reason = str(error)
+        try:
+            onnx_session = ort.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelFileError(
+                f"ONNX Runtime {ort.__version__} can't open {model.path}: {_first_line(error)}"
+            ) from error
+        return cls(
+            model,
+            onnx_session,
+            capacity=context or longest,
+            threads=threads,
+            # The fallback is made of stock ops, whose level is in the file.
+            accuracy_level=(accuracy_level if isa else None) or model.accuracy_level,
+            isa=isa,
+            fallback_reason=fallback_reason,
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self.model.config
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache, which is the position of the next."""
+        return len(self._tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens in the cache."""
+        return tuple(self._tokens)
+
+    def forward(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append `ids` to the cache -> logits [vocab] for the token after the last.
+
+        Raises UsageError where they don't fit, and then appends none.
+        """
+        self._check(ids)
+        rows = self._logits[0]
+        for start in range(0, len(ids), CHUNK):
+            rows = self._run(ids[start : start + CHUNK])
+        return np.array(rows[-1])  # a copy, because the next run writes over the buffer
+
+    def all_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append `ids` to the cache -> logits [len(ids), vocab], row t for the token after ids[t]. Raises UsageError."""
+        self._check(ids)
+        rows = [self._run(ids[start : start + CHUNK]).copy() for start in range(0, len(ids), CHUNK)]
+        return np.concatenate(rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens. Raises UsageError where there are fewer."""
+        if not 0 <= length <= self.position:
+            raise UsageError(f"can't truncate the cache to {length} tokens, it holds {self.position}")
+        del self._tokens[length:]
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Keep of the cache what `ids` begin with, but never all of `ids` -> tokens of `ids` that need no forward().
+
+        At least one is left to forward, because its logits are not kept.
+        """
+        common = 0
+        for cached, wanted in zip(self._tokens, ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            common += 1
+        self.truncate(common)
+        return common
+
+    def _bind(self) -> None:
+        config = self.config
+        shape = (1, config.num_key_value_heads, self.capacity, config.head_dim)
+        self._input_ids = np.zeros((1, CHUNK), np.int64)
+        self._attention_mask = np.ones((1, self.capacity), np.int64)
+        self._logits = np.zeros((1, 1, config.vocab_size), np.float32)
+        self._kv_cache: list[npt.NDArray[np.float32]] = []
+        self._binding = self._onnx.io_binding()
+        names = {entry.name for entry in self._onnx.get_inputs()} | {entry.name for entry in self._onnx.get_outputs()}
+        for layer in range(config.num_hidden_layers):
+            for part in ("key", "value"):
+                past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+                if past not in names or present not in names:
+                    raise ModelFileError(f"{self.model.path} has no {past} or {present}; export it again")
+                buffer = _zeros(shape)
+                self._kv_cache.append(buffer)
+                self._binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+                self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        self._bound_length = 0  # tokens of a run that input_ids and logits are bound for
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if not len(ids):
+            raise UsageError("no tokens to run; give a prompt")
+        if self.position + len(ids) > self.capacity:
+            before = f" after {self.position} in the cache" if self.position else ""
+            raise UsageError(f"prompt of {len(ids)} tokens{before} is longer than the context of {self.capacity}")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise UsageError(f"token ids run from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}")
+
+    def _run(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """One step of at most CHUNK tokens -> logits [len(ids), vocab], valid until the next run."""
+        length, binding = len(ids), self._binding
+        total = self.position + length
+        if length != self._bound_length:
+            if length > self._logits.shape[1]:
+                self._logits = np.zeros((1, min(length, CHUNK), self.config.vocab_size), np.float32)
+            logits_shape = (1, length, self.config.vocab_size)
+            binding.bind_input("input_ids", "cpu", 0, np.int64, (1, length), self._input_ids.ctypes.data)
+            binding.bind_output("logits", "cpu", 0, np.float32, logits_shape, self._logits.ctypes.data)
+            self._bound_length = length
+        self._input_ids[0, :length] = ids
+        binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._attention_mask.ctypes.data)
+        try:
+            self._onnx.run_with_iobinding(binding)
+        except Exception as error:  # as in open()
+            raise ModelFileError(
+                f"ONNX Runtime {ort.__version__} can't run {self.model.path}: {_first_line(error)}"
+            ) from error
+        # Last, and in one step: if Ctrl-C comes before it, the rows written to the cache are as if they weren't there.
+        self._tokens.extend(ids)
+        return self._logits.reshape(-1, self.config.vocab_size)[:length]
+
+
+def _register_op_library(options: Any) -> str:
+    """Register the op library -> the name of the kernels that it will run. Raises OpLibraryError, UsageError."""
+    from . import ops_library
+
+    path = ops_library.library_path()
+    available = ops_library.available_isas()
+    forced = os.environ.get("FBIEDGE_ISA")
+    if forced and forced not in available:
+        # Asked for by name, so falling back in silence would be wrong.
+        raise UsageError(f"FBIEDGE_ISA is {forced!r}, this machine can run {', '.join(available)}")
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # as in open()
+        raise OpLibraryError(
+            f"ONNX Runtime {ort.__version__} refuses the op library {path}: {_first_line(error)}"
+        ) from error
+    return ops_library.active_isa()
+
+
+def _zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Zeros that start on a cache line; numpy promises only 16 bytes."""
+    line, size = 64, int(np.prod(shape)) * 4
+    raw = np.zeros(size + line, np.uint8)
+    start = -raw.ctypes.data % line
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
