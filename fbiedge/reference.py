@@ -77,7 +77,8 @@ class Reference:
             normed = rms_norm(hidden, self._tensor(f"{prefix}post_attention_layernorm.weight"), config.rms_norm_eps)
             hidden = hidden + self._mlp(f"{prefix}mlp.", normed)
         hidden = rms_norm(hidden, self._tensor("model.norm.weight"), config.rms_norm_eps)
-        return hidden @ self._tensor("lm_head.weight").T  # [T, vocab]
+        logits: Array = hidden @ self._tensor("lm_head.weight").T  # [T, vocab]
+        return logits
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The `n` most likely tokens after `ids`, one by one, from an empty cache. An end token does not stop it."""
@@ -106,16 +107,19 @@ class Reference:
         visible = np.arange(total) <= np.arange(total - new, total)[:, None]  # [T, P + T]
         mixed = softmax(np.where(visible, scores, self.dtype(-np.inf))) @ values[:, None]  # [G, H/G, T, D]
         merged = mixed.reshape(-1, new, head_dim).transpose(1, 0, 2).reshape(new, -1)  # [T, H·D]
-        return merged @ self._linear(f"{prefix}o_proj").T
+        projected: Array = merged @ self._linear(f"{prefix}o_proj").T
+        return projected
 
     def _mlp(self, prefix: str, x: Array) -> Array:
         """SwiGLU: down(silu(gate(x)) · up(x)). x [T, hidden] -> [T, hidden]."""
         gate, up = x @ self._linear(f"{prefix}gate_proj").T, x @ self._linear(f"{prefix}up_proj").T
-        return (silu(gate) * up) @ self._linear(f"{prefix}down_proj").T
+        projected: Array = (silu(gate) * up) @ self._linear(f"{prefix}down_proj").T
+        return projected
 
     def _heads(self, x: Array, name: str, heads: int) -> Array:
         """Project x [T, hidden] and split it into heads [heads, T, D]."""
-        return (x @ self._linear(name).T).reshape(x.shape[0], heads, -1).transpose(1, 0, 2)
+        by_head: Array = (x @ self._linear(name).T).reshape(x.shape[0], heads, -1).transpose(1, 0, 2)
+        return by_head
 
     def _tensor(self, name: str) -> Array:
         return self._once(name, lambda: self._weights.tensor(name))
@@ -137,19 +141,22 @@ class Reference:
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     """x / √(mean(x²) + ε) · weight over the last axis."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(epsilon)) * weight
+    normed: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(epsilon)) * weight
+    return normed
 
 
 def silu(x: Array) -> Array:
     """x / (1 + e⁻ˣ), written so that no exponential overflows."""
     small = np.exp(-np.abs(x))
-    return x * np.where(x >= 0, 1, small) / (1 + small)
+    activated: Array = x * np.where(x >= 0, 1, small) / (1 + small)
+    return activated
 
 
 def softmax(x: Array) -> Array:
     """eˣ / Σ eˣ over the last axis."""
     exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    shares: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def rope_angles(
