@@ -234,7 +234,7 @@ def write_checkpoint(
     are not exactly those of `config`, OutputError where the disk refuses or `out_dir` holds files that are no checkpoint.
     """
     out_dir = Path(out_dir)
-    if bad := [name for name in files if Path(name).name != name]:
+    if bad := [name for name in files if not name or Path(name).name != name]:
         raise ValueError(f"{bad[0]!r} is not a plain file name")
     _refuse_foreign_files(out_dir, files)
     expected = expected_shapes(config)

@@ -300,7 +300,7 @@ def test_malicious_pickle_is_refused_and_not_run(folder: Path, tmp_path: Path, f
     trace = tmp_path / "was-executed"
     state = {"model.norm.weight": torch.ones(72), "payload": Malicious(trace)}
     if form == "bare-pickle":
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"payload": Malicious(trace)}))
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"payload": Malicious(trace)}, protocol=2))
     else:
         torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
     with raises_line(CheckpointError, "pytorch_model.bin", "refused"):
