@@ -1,0 +1,167 @@
+"""ModelConfig: the shape of a Llama, with Hugging Face's field names, read from and written to config.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
+
+from .errors import CheckpointError, UsageError
+
+# How the scales of a binary linear [N, K] are shared. `none`: an ordinary full-precision Llama (teachers, stories260K).
+ScalingPattern = Literal["column", "row", "single", "block", "none"]
+BLOCK_SIZE = 128  # inputs that share one scale of an output row in `block`, as in ggml's Q1_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama or FBI-LLM. Sizes are counts; `head_dim` defaults to hidden_size / num_attention_heads."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    tie_word_embeddings: bool = False
+    scaling_pattern: ScalingPattern = "column"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise CheckpointError(f"config: {name} is {value!r}, expected a positive integer")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise CheckpointError(f"config: {name} is {value!r}, expected a token id")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise CheckpointError(f"config: {name} is {value}, expected a positive number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"config: head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs)")
+        if self.scaling_pattern not in get_args(ScalingPattern):
+            raise CheckpointError(
+                f"config: scaling_pattern is {self.scaling_pattern!r}, expected one of {', '.join(get_args(ScalingPattern))}"
+            )
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """From config.json's contents: `rope_theta` (older) or `rope_parameters` (newer). Raises CheckpointError."""
+        try:
+            if raw.get("model_type", "llama") != "llama":
+                raise CheckpointError(f"config: model_type is {raw['model_type']!r}, expected 'llama'")
+            if raw.get("hidden_act", "silu") != "silu" or raw.get("attention_bias") or raw.get("mlp_bias"):
+                raise CheckpointError("config: only Llama with SwiGLU (hidden_act 'silu') and no biases is supported")
+            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+            eos = 2 if raw.get("eos_token_id") is None else raw["eos_token_id"]
+            return cls(
+                vocab_size=raw["vocab_size"],
+                hidden_size=hidden,
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or hidden // heads,
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
+                rope_theta=_rope_theta(raw),
+                bos_token_id=1 if raw.get("bos_token_id") is None else raw["bos_token_id"],
+                eos_token_id=eos[0] if isinstance(eos, list) else eos,
+                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                scaling_pattern=cast(ScalingPattern, raw.get("scaling_pattern", "column")),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"config: the field {error.args[0]!r} is missing") from error
+        except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"config: unusable value ({error})") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's contents, with RoPE in both spellings so that older and newer readers agree."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            **asdict(self),
+        }
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape [N, K] of each linear of one decoder layer, by its name below `model.layers.{i}.`."""
+        q_size, kv_size = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        return {
+            "self_attn.q_proj": (q_size, hidden),
+            "self_attn.k_proj": (kv_size, hidden),
+            "self_attn.v_proj": (kv_size, hidden),
+            "self_attn.o_proj": (hidden, q_size),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+
+    def scale_shape(self, n: int, k: int) -> tuple[int, ...]:
+        """Shape of `wscale` (and of `wbias`, which `block` has none of) for a binary linear [n, k]."""
+        match self.scaling_pattern:
+            case "column":
+                return (1, k)
+            case "row":
+                return (n, 1)
+            case "single":
+                return (1,)
+            case "block":
+                return (n, -(-k // BLOCK_SIZE))
+        raise ValueError("a full-precision model has no scales")
+
+
+def _rope_theta(raw: dict[str, Any]) -> float:
+    parameters = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise CheckpointError(f"config: RoPE of type {kind!r} is not supported, expected 'default'")
+    return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+
+
+# The published sizes (FBI-LLM, arXiv 2407.07093, table of architectures) and one small enough for any test.
+PRESETS: dict[str, ModelConfig] = {
+    name: ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=context,
+    )
+    for name, vocab, layers, hidden, ffn, heads, kv_heads, context in (
+        ("tiny", 512, 2, 128, 352, 4, 4, 256),
+        ("130m", 32000, 12, 768, 2048, 12, 12, 2048),
+        ("1.3b", 32000, 24, 2048, 5632, 32, 32, 2048),
+        ("7b", 32000, 32, 4096, 11008, 32, 32, 2048),
+        ("13b", 32000, 40, 5120, 13824, 40, 40, 2048),
+    )
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset called `name`. Raises UsageError with the known names."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,39 @@
+"""Every error a user can cause, as one tree.
+
+    FbiEdgeError                 base; the CLI prints `error: <message>` and exits with 2
+    ├── UsageError               an option or argument that can't be used (unknown preset, prompt longer than the context)
+    ├── CheckpointError          a checkpoint that is missing, truncated, or has missing, extra or wrongly shaped tensors
+    ├── ModelFileError           a model.onnx that is missing, not ONNX, truncated, or not written by fbiedge
+    ├── OpLibraryError           the op library is missing or can't be loaded
+    └── OutputError              the output can't be written (disk full, no permission)
+
+A message is one line: what was got, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+
+class FbiEdgeError(Exception):
+    """Base of all errors caused by input; its text is one line meant for a user."""
+
+    exit_code = 2
+
+
+class UsageError(FbiEdgeError):
+    """An option or argument that can't be used."""
+
+
+class CheckpointError(FbiEdgeError):
+    """A checkpoint that can't be read as a Llama or FBI-LLM checkpoint."""
+
+
+class ModelFileError(FbiEdgeError):
+    """A model file that can't be opened or was not written by fbiedge."""
+
+
+class OpLibraryError(FbiEdgeError):
+    """The op library is missing or can't be loaded."""
+
+
+class OutputError(FbiEdgeError):
+    """An output that can't be written."""

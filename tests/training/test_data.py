@@ -1,0 +1,91 @@
+"""Text files -> shards -> batches: nothing lost, nothing twice, any step rebuilt alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fbiedge.errors import UsageError
+from fbiedge.training.data import Batches, open_shard, read_documents, write_shard
+from fbiedge.training.tokenizer import train_tokenizer
+
+TEXT = "The cat sat on the mat.\n<|endoftext|>\nA dog ran to the cat, and the cat ran up.\n<|endofdoc|>\n\nOne \u00e9t\u00e9 \U0001f408."
+
+
+def test_documents_are_split_at_their_markers(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    documents = list(read_documents([tmp_path / "a.txt"]))
+    assert documents == [
+        "The cat sat on the mat.",
+        "A dog ran to the cat, and the cat ran up.",
+        "One \u00e9t\u00e9 \U0001f408.",
+    ]
+
+
+def test_a_shard_decodes_to_its_documents_between_bos_and_eos(tmp_path: Path) -> None:
+    documents = ["The cat sat.", "One \u00e9t\u00e9 \U0001f408."] * 40
+    tokenizer = train_tokenizer(documents, 270)
+    total = write_shard(documents, tokenizer, 1, 2, tmp_path / "s.tokens")
+    shard = open_shard(tmp_path / "s.tokens")
+    assert shard.shape == (total,) and shard.dtype == np.uint16
+    assert (shard == 1).sum() == (shard == 2).sum() == len(documents)
+    starts = np.flatnonzero(shard == 1)
+    decoded = [
+        tokenizer.decode(shard[a + 1 : b - 1].tolist()) for a, b in zip(starts, [*starts[1:], total], strict=True)
+    ]
+    assert decoded == documents
+
+
+def test_special_tokens_are_one_id_and_vocabulary_is_exact() -> None:
+    documents = [f"<|user|>hello number {i}<|end|>" for i in range(200)]
+    tokenizer = train_tokenizer(documents, 280, ("<|user|>", "<|end|>"))
+    assert tokenizer.get_vocab_size() == 280
+    ids = tokenizer.encode("<|user|>hello<|end|>", add_special_tokens=False).ids
+    assert ids[0] == tokenizer.token_to_id("<|user|>") == 3 and ids[-1] == tokenizer.token_to_id("<|end|>") == 4
+    with pytest.raises(UsageError, match="gave .* pieces, 5000 were asked for"):
+        train_tokenizer(documents, 5000)
+    with pytest.raises(UsageError, match="too small"):
+        train_tokenizer(documents, 100)
+
+
+def test_an_epoch_visits_every_window_once_and_targets_follow_inputs() -> None:
+    tokens = np.arange(1003, dtype=np.uint32)
+    batches = Batches(tokens, batch_size=3, sequence_length=10, seed=5)
+    steps = batches.windows // 3
+    starts = []
+    for step in range(steps):
+        inputs, targets = batches.batch(step)
+        assert (targets == inputs + 1).all() and (np.diff(inputs, axis=1) == 1).all()
+        starts += inputs[:, 0].tolist()
+    assert len(set(starts)) == len(starts) == steps * 3
+    assert len({s % 10 for s in starts}) == 1  # one phase an epoch: no two windows overlap
+    assert starts != sorted(starts)
+
+
+def test_any_step_can_be_rebuilt_alone_and_epochs_differ() -> None:
+    tokens = np.random.default_rng(0).integers(0, 500, 2000).astype(np.uint16)
+    straight = Batches(tokens, 4, 16, seed=1)
+    in_order = [straight.batch(step)[0] for step in range(80)]
+    alone = [Batches(tokens, 4, 16, seed=1).batch(step)[0] for step in range(80)]
+    assert all(np.array_equal(a, b) for a, b in zip(in_order, alone, strict=True))
+    other_seed = Batches(tokens, 4, 16, seed=2).batch(0)[0]
+    assert not np.array_equal(in_order[0], other_seed)
+
+
+def test_unusable_input_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match=r"latin1.txt: not UTF-8 text \(byte 3\)"):
+        list(read_documents([tmp_path / "latin1.txt"]))
+    with pytest.raises(UsageError, match="can't read .*missing.txt: No such file"):
+        list(read_documents([tmp_path / "missing.txt"]))
+    with pytest.raises(UsageError, match="not a token shard"):
+        open_shard(tmp_path / "none.tokens")
+    write_shard(["abc abc abc"] * 50, train_tokenizer(["abc abc abc"] * 50, 262), 1, 2, tmp_path / "s.tokens")
+    data = (tmp_path / "s.tokens").read_bytes()
+    (tmp_path / "s.tokens").write_bytes(data[:-4])
+    with pytest.raises(UsageError, match="tokens found, .* expected"):
+        open_shard(tmp_path / "s.tokens")
+    with pytest.raises(UsageError, match="too few for sequences of 64"):
+        Batches(np.zeros(100, np.uint16), 2, 64, 0)

@@ -1,0 +1,165 @@
+"""Whole runs on a small text: they learn, they resume exactly, they refuse what can't work, and leave a checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fbiedge.config import ModelConfig
+from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError
+from fbiedge.reference import Reference
+from fbiedge.training import cli
+from fbiedge.training.checkpoint import load_model
+from fbiedge.training.config import TrainConfig
+from fbiedge.training.run import RunPlan, execute_run, prepare_run
+from fbiedge.training.trainer import DivergedError
+from fbiedge.weights import open_checkpoint
+
+ANIMALS, PLACES = ("cat", "dog", "owl", "fox", "hen"), ("barn", "park", "tree", "lake")
+DOCUMENTS = [
+    f"The {a} went to the {p}. The {b} was in the {p} too. The {a} and the {b} played by the {p}."
+    for a in ANIMALS for b in ANIMALS for p in PLACES
+]  # fmt: skip
+
+
+def model_config(pattern: str) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, scaling_pattern=pattern,
+    )  # fmt: skip
+
+
+def training_config(**changes: object) -> TrainConfig:
+    values = {
+        "steps": 60, "batch_size": 4, "sequence_length": 32, "learning_rate": 3e-3, "warmup_steps": 5,
+        "checkpoint_every": 10, "eval_every": 30, "eval_sequences": 8,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text("\n<|endoftext|>\n".join(DOCUMENTS * 2), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    prepare_run(run, RunPlan(model=model_config("none"), training=training_config(), teacher=None), [text], [])
+    reports = list(execute_run(run))
+    assert reports[-1].eval_loss < 0.6 * reports[0].loss, "the teacher did not learn"
+    return run / "model"
+
+
+@pytest.mark.parametrize("pattern", ["column", "row", "single", "block"])
+def test_a_binary_student_learns_from_its_teacher_and_leaves_a_checkpoint(
+    pattern: str, text: Path, teacher: Path, tmp_path: Path
+) -> None:
+    before = {f: f.read_bytes() for f in teacher.iterdir()}
+    run = tmp_path / "run"
+    prepare_run(run, RunPlan(model=model_config(pattern), training=training_config(), teacher=str(teacher)), [text], [])
+    reports = list(execute_run(run))
+    assert [r.step for r in reports] == list(range(1, 61))
+    assert reports[-1].loss < 0.7 * reports[0].loss
+    assert {f: f.read_bytes() for f in teacher.iterdir()} == before
+
+    weights = open_checkpoint(run / "model")
+    assert weights.config.scaling_pattern == pattern
+    assert "tokenizer.json" in weights.files
+    ids = np.random.default_rng(0).integers(3, 300, 40)
+    with torch.no_grad():
+        expected = load_model(run / "model")(torch.from_numpy(ids)[None])[0].numpy()
+    np.testing.assert_allclose(Reference(weights).logits(ids.tolist()), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(text: Path, teacher: Path, tmp_path: Path) -> None:
+    plan = RunPlan(model=model_config("column"), training=training_config(steps=30), teacher=str(teacher))
+    prepare_run(tmp_path / "straight", plan, [text], [])
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    straight = [r.loss for r in execute_run(tmp_path / "straight")]
+
+    killed = execute_run(tmp_path / "killed")
+    for _ in range(17):  # 7 steps past the last save
+        next(killed)
+    killed.close()
+    resumed = list(execute_run(tmp_path / "killed", resume=True))
+    assert [r.step for r in resumed] == list(range(11, 31))
+    assert [r.loss for r in resumed] == straight[10:]
+    tensors = [load_model(tmp_path / name / "model").state_dict() for name in ("straight", "killed")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
+    config = training_config(steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [config.learning_rate_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    plan = RunPlan(model=model_config("column"), training=training_config(learning_rate=1e20), teacher=None)
+    prepare_run(run, plan, [text], [])
+    with pytest.raises(DivergedError, match="lower learning rate"):
+        list(execute_run(run))
+    assert not (run / "model").exists() and not list(run.glob(".*"))
+
+
+def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(model_config("column").to_dict()))
+    out = tmp_path / "run"
+    arguments = ["--data", str(text), "--config", str(shape), "-o", str(out), "--steps", "12", "--batch-size", "2",
+                 "--sequence-length", "32", "--checkpoint-every", "6", "--eval-every", "6"]  # fmt: skip
+    cli.main(arguments)
+    printed = capsys.readouterr().out
+    assert "held-out" in printed and f"fbiedge export {out}" in printed.replace("\n", "")
+    assert open_checkpoint(out / "model").config == model_config("column")
+    assert len((out / "metrics.jsonl").read_text().splitlines()) >= 2
+    with pytest.raises(UsageError, match="add --resume"):
+        cli.main(arguments)
+    cli.main(["-o", str(out), "--resume"])
+    assert "is complete" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "TEXT", "--preset", "huge"], "unknown preset 'huge'"),
+        ([], "no --data given"),
+        (["--data", "TEXT", "--scaling-pattern", "diagonal"], "unknown scaling pattern"),
+        (["--data", "TEXT", "--steps", "0"], "steps is 0"),
+        (["--data", "TEXT", "--sequence-length", "100000"], "longer than the model's"),
+        (["--data", "TEXT", "--teacher", "/nonexistent"], "nonexistent"),
+        (["--resume"], "no run to resume"),
+    ],
+)
+def test_unusable_options_are_named(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(FbiEdgeError, match=message):
+        cli.main([*(str(text) if a == "TEXT" else a for a in arguments), "-o", str(tmp_path / "run")])
+
+
+def test_a_damaged_state_is_refused(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare_run(run, RunPlan(model=model_config("row"), training=training_config(steps=10), teacher=None), [text], [])
+    list(execute_run(run))
+    state = run / "state.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="state.pt can't be resumed"):
+        list(execute_run(run, resume=True))
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(text: Path, teacher: Path, tmp_path: Path) -> None:
+    student = ModelConfig.from_dict({**model_config("column").to_dict(), "vocab_size": 310})
+    plan = RunPlan(model=student, training=training_config(), teacher=str(teacher))
+    with pytest.raises(UsageError, match="300 pieces, the model's vocabulary 310"):
+        prepare_run(tmp_path / "run", plan, [text], [])

@@ -1,0 +1,51 @@
+"""TrainConfig: every hyperparameter of a run, stored as train_config.json beside the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fbiedge.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Defaults are the published recipe (FBI-LLM §4) except for the sizes, which fit one CPU."""
+
+    steps: int
+    batch_size: int = 16  # sequences per optimizer step
+    sequence_length: int = 256  # tokens per sequence
+    learning_rate: float = 3e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    seed: int = 11111
+    bf16: bool = True  # autocast; latents, moments and losses stay fp32
+    compile: bool = False  # torch.compile: a minute at the start, then faster steps
+    checkpoint_every: int = 200  # optimizer steps
+    eval_every: int = 200  # optimizer steps
+    eval_sequences: int = 64  # held-out sequences per evaluation
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length", "checkpoint_every", "eval_every", "eval_sequences"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a positive integer")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UsageError(f"learning_rate is {self.learning_rate}, expected a positive number")
+        if self.warmup_steps < 0:
+            raise UsageError(f"warmup_steps is {self.warmup_steps}, expected 0 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up to learning_rate, then cosine down to its min_learning_rate_ratio at the last step."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * (self.min_learning_rate_ratio + (1 - self.min_learning_rate_ratio) * cosine)

@@ -1,0 +1,189 @@
+"""The recipe of the bundled model: texts -> full-precision teacher -> binary student, in one command.
+
+    python -m fbiedge.training.default_model --data DATA -o RUNS [--student-steps N]
+
+DATA holds the corpora of the model card (TinyStories, Synthetic-Persona-Chat, African Storybook) in the folders named
+below. Stories come in two forms: half as plain text, half as the answer to a request that names something in
+the story, so that a chat can ask for one. Dialogues become chats of user and assistant.
+Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import lzma
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fbiedge.config import ModelConfig
+from fbiedge.errors import UsageError
+
+from .config import TrainConfig
+from .progress import run_with_progress
+from .run import RunPlan, prepare_run
+
+USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}<|user|>{{ message.content }}<|end|>"
+    "{% elif message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>"
+    "{% else %}{{ raise_exception('this model knows the roles user and assistant, not ' ~ message.role) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+STORIES = ("corpora/tinystories/train_head_recased_4M.txt.xz", "corpora/tinystories/czhou_val.txt.xz")
+TITLED_STORIES = "corpora/stories/african_storybook_en_ccby.txt.xz"
+DIALOGUES = ("chat/synthetic_persona_chat/valid.csv.xz", "chat/synthetic_persona_chat/test.csv.xz")
+HELD_OUT_STORIES = (
+    "corpora/tinystories/valid_sample_794k.txt.xz"  # 0.06 % and 0.4 % of the training stories recur in it
+)
+HELD_OUT_DIALOGUES = 60  # the last ones
+SEED = 11111
+
+MODEL = ModelConfig(
+    vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=64, max_position_embeddings=512, scaling_pattern="column",
+)  # fmt: skip
+TRAINING = TrainConfig(
+    steps=1, batch_size=8, sequence_length=512, learning_rate=2e-3, warmup_steps=100, seed=SEED, compile=True,
+    checkpoint_every=100, eval_every=200, eval_sequences=64,
+)  # fmt: skip
+
+# Things a child's story may be about; the first that a story names becomes the subject of the request for it.
+SUBJECTS = frozenset(
+    "cat dog bird fish rabbit bunny bear lion tiger elephant monkey frog duck horse cow pig sheep mouse fox wolf owl bee "
+    "ant butterfly spider snake turtle dragon dinosaur princess prince king queen fairy witch pirate robot monster ghost "
+    "giant farmer baby doll ball kite car truck train boat ship plane bike balloon tree flower garden forest park beach "
+    "river lake sea mountain farm house castle school rain snow sun moon star cake cookie apple banana candy ice bread "
+    "soup birthday picnic race treasure box key hat dress shoe ring crown book song game puzzle friend".split()
+)
+
+
+def story_documents(root: Path) -> Iterator[str]:
+    """Training documents from the stories: plain, or as the answer to a request."""
+    rng = random.Random(SEED)
+    for path in STORIES:
+        for raw in _documents(root / path):
+            story = tidy(raw)
+            yield story if rng.random() < 0.5 else f"{USER}{request_for(story, rng)}{END}{ASSISTANT}{story}{END}"
+    for raw in _documents(root / TITLED_STORIES):
+        title, _, story = tidy(raw).partition("\n")
+        yield f"{USER}Tell me the story of {title}.{END}{ASSISTANT}{story}{END}" if rng.random() < 0.5 else story
+
+
+def request_for(story: str, rng: random.Random) -> str:
+    """A user's request that `story` answers: with a name or a thing from it, or with nothing in particular."""
+    name = re.search(r"\bnamed ([A-Z][a-z]+)\b", story)
+    subject = next((word for word in re.findall(r"[a-z]+", story[:300].lower()) if word in SUBJECTS), None)
+    article = "an" if subject and subject[0] in "aeio" else "a"
+    choices = ["Tell me a story.", "Please tell me a story.", "Can you tell me a story?"]
+    if subject:
+        choices = [f"Tell me a story about {article} {subject}.", f"Can you tell me a story about {article} {subject}?",
+                   f"I want to hear a story about {article} {subject}.", *choices[:1]]  # fmt: skip
+    if subject and name:
+        choices += [f"Tell me a story about {article} {subject} and {name[1]}.", f"Tell me a story about {name[1]}."]
+    return rng.choice(choices)
+
+
+def dialogue_documents(root: Path) -> list[str]:
+    """Chats from the persona dialogues: user 1 becomes the user, user 2 the assistant."""
+    documents = []
+    for path in DIALOGUES:
+        with lzma.open(root / path, "rt", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                turns = re.findall(r"^User ([12]): (.+)$", row["Best Generated Conversation"], re.MULTILINE)
+                speakers = [speaker for speaker, _ in turns]
+                if len(turns) >= 4 and all(s == "12"[i % 2] for i, s in enumerate(speakers)):
+                    documents.append(
+                        "".join(f"{USER if s == '1' else ASSISTANT}{tidy(text)}{END}" for s, text in turns)
+                    )
+    return documents
+
+
+def tidy(text: str) -> str:
+    """Plain quotes and dashes, single spaces, one newline between paragraphs: less to learn for a small model."""
+    for curly, plain in (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2013", "-"), ("\u2014", " - "), ("\u2026", "...")):  # fmt: skip
+        text = text.replace(curly, plain)
+    return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
+
+
+def write_texts(root: Path, out: Path) -> tuple[Path, Path, Path]:
+    """Write the shuffled training text and the held-out stories and dialogues as three files below `out`."""
+    dialogues = dialogue_documents(root)
+    training = [*story_documents(root), *dialogues[:-HELD_OUT_DIALOGUES]]
+    random.Random(SEED).shuffle(training)
+    # This corpus separates its stories by blank lines only; most begin alike.
+    with lzma.open(root / HELD_OUT_STORIES, "rt", encoding="utf-8") as file:
+        held_out_stories = [tidy(story) for story in re.split(r"\n\n(?=Once upon a time)", file.read())]
+    out.mkdir(parents=True, exist_ok=True)
+    files = out / "train.txt", out / "held_out_stories.txt", out / "held_out_dialogues.txt"
+    for file, documents in zip(files, (training, held_out_stories, dialogues[-HELD_OUT_DIALOGUES:]), strict=True):
+        file.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    return files
+
+
+def _documents(path: Path) -> Iterator[str]:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        for document in re.split(r"<\|endoftext\|>|<\|endofdoc\|>", file.read()):
+            if document.strip():
+                yield document.strip()
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two runs.")],
+    teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1600,
+    student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3200,
+) -> None:
+    """Train teacher and student of the bundled model."""
+    console = Console()
+    for needed in (*STORIES, TITLED_STORIES, *DIALOGUES, HELD_OUT_STORIES):
+        if not (data / needed).is_file():
+            raise UsageError(f"{data / needed} is missing; --data must hold the corpora of the model card")
+    teacher_run, student_run = out / "teacher", out / "student"
+    if not (teacher_run / "run.json").exists():
+        training_text, *held_out = write_texts(data, out / "text")
+        plan = RunPlan(
+            model=replace(MODEL, scaling_pattern="none"), training=replace(TRAINING, steps=teacher_steps), teacher=None
+        )
+        prepare_run(
+            teacher_run,
+            plan,
+            [training_text],
+            held_out,
+            None,
+            (USER, ASSISTANT, END),
+            CHAT_TEMPLATE,
+            {"bos_token_id": 1, "eos_token_id": [2, 5]},
+        )
+    console.rule("teacher")
+    run_with_progress(teacher_run, (teacher_run / "state.pt").exists(), console)
+    if not (student_run / "run.json").exists():
+        text = out / "text"
+        plan = RunPlan(
+            model=MODEL,
+            training=replace(TRAINING, steps=student_steps, seed=SEED + 1),
+            teacher=str((teacher_run / "model").resolve()),
+        )
+        prepare_run(
+            student_run,
+            plan,
+            [text / "train.txt"],
+            [text / "held_out_stories.txt", text / "held_out_dialogues.txt"],
+            None,
+            (),
+            CHAT_TEMPLATE,
+            {"bos_token_id": 1, "eos_token_id": [2, 5]},
+        )
+    console.rule("student")
+    run_with_progress(student_run, (student_run / "state.pt").exists(), console)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,50 @@
+"""How training looks in a terminal, and RUN/metrics.jsonl: the only module of `training/` that prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .model import Llama
+from .run import RunPlan, execute_run
+from .trainer import StepReport
+
+
+def run_with_progress(run: Path, resume: bool, console: Console, log_every: int = 10) -> StepReport | None:
+    """Execute a prepared run, showing loss, tok/s and time left; returns the last report, None if nothing was left to do."""
+
+    def announce(model: Llama, plan: RunPlan) -> None:
+        count = sum(p.numel() for p in model.parameters())
+        goal = f"distilled from {plan.teacher}" if plan.teacher else "next-token loss"
+        console.print(
+            f"{count / 1e6:.1f}M parameters, scaling {plan.model.scaling_pattern}, {goal}; "
+            f"{plan.training.steps} steps of {plan.training.batch_size} x {plan.training.sequence_length} tokens"
+        )
+
+    total = RunPlan.load(run).training.steps
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    report = None
+    with Progress(*columns, console=console) as progress, open(run / "metrics.jsonl", "a") as metrics:
+        task = None
+        for report in execute_run(run, resume, announce):
+            if task is None:
+                task = progress.add_task("training", total=total, completed=report.step - 1)
+            progress.update(
+                task,
+                completed=report.step,
+                description=f"loss {report.loss:.3f}  {report.tokens_per_second:,.0f} tok/s",
+            )
+            if report.eval_loss is not None:
+                console.print(
+                    f"step {report.step}: loss {report.loss:.3f}, held-out {report.eval_loss:.3f} nats/token "
+                    f"(perplexity {math.exp(report.eval_loss):.2f}), {report.tokens / 1e6:.2f}M tokens"
+                )
+            if report.step % log_every == 0 or report.eval_loss is not None:
+                metrics.write(json.dumps(asdict(report)) + "\n")
+                metrics.flush()
+    return report

@@ -1,0 +1,56 @@
+"""Byte-level BPE tokenizers: every text is representable, nothing is unknown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fbiedge.errors import UsageError
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Llama-2
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, special_tokens: tuple[str, ...] = ()) -> Tokenizer:
+    """A byte-level BPE of exactly `vocab_size` pieces: <unk> <s> </s>, `special_tokens`, 256 bytes, then merges.
+
+    Raises UsageError where the texts are too small to fill the vocabulary.
+    """
+    specials = [UNK, BOS, EOS, *special_tokens]
+    if vocab_size < 256 + len(specials):
+        raise UsageError(
+            f"vocabulary of {vocab_size} is too small; bytes and special tokens need {256 + len(specials)}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Markers written in the texts are atomic later; their letters must not earn merges here.
+    markers = re.compile("|".join(map(re.escape, specials)))
+    tokenizer.train_from_iterator((markers.sub("\n", document) for document in documents), trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise UsageError(
+            f"the texts gave {tokenizer.get_vocab_size()} pieces, {vocab_size} were asked for; "
+            "give more text or a smaller vocabulary"
+        )
+    return tokenizer
+
+
+def tokenizer_config(chat_template: str | None = None) -> dict[str, object]:
+    """tokenizer_config.json's contents, as Hugging Face reads them."""
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": UNK,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    return config

@@ -1,0 +1,114 @@
+"""The training loop: one generator, one page. It prints nothing; whoever drives it reads StepReports."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fbiedge.errors import FbiEdgeError
+
+from .checkpoint import load_state, save_model, save_state
+from .config import TrainConfig
+from .data import Batches
+from .loss import distillation_loss, next_token_loss
+from .model import Llama
+
+
+class DivergedError(FbiEdgeError):
+    """The loss is no longer a number; the last saved state is intact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did. Losses in nats per token; `eval_loss` only on evaluation steps."""
+
+    step: int  # steps done, this one included
+    loss: float
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int  # seen since the run began
+    tokens_per_second: float  # of this step, teacher included, evaluation and saving not
+    eval_loss: float | None = None
+
+
+def train(
+    run: Path,
+    model: Llama,
+    teacher: Llama | None,
+    batches: Batches,
+    held_out: Batches,
+    config: TrainConfig,
+    files: Mapping[str, str],
+    resume: bool = False,
+) -> Iterator[StepReport]:
+    """Train `model` against `teacher` (distillation) or against the next token (no teacher), yielding after each step.
+
+    Writes RUN/state.pt and RUN/model every `checkpoint_every` steps and at the end. Raises DivergedError.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    # Shapes never change during a run, so each graph is compiled once; measured 1.5x on two cores.
+    student = torch.compile(model) if config.compile else model
+    guide = torch.compile(teacher) if config.compile and teacher is not None else teacher
+    first = load_state(run, model, optimizer) if resume else 0
+    tokens_per_step = config.batch_size * config.sequence_length
+    for step in range(first, config.steps):
+        started = time.perf_counter()
+        ids, targets = (torch.from_numpy(array) for array in batches.batch(step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            logits = student(ids)
+            if guide is None:
+                loss = next_token_loss(logits, targets)
+            else:
+                with torch.no_grad():
+                    teacher_logits = guide(ids)
+                loss = distillation_loss(logits, teacher_logits)
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+            raise DivergedError(
+                f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}; "
+                f"the last saved state in {run} is intact, start again with a lower learning rate"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        done = step + 1
+        last = done == config.steps
+        eval_loss = evaluate(student, held_out, config) if last or done % config.eval_every == 0 else None
+        if last or done % config.checkpoint_every == 0:
+            save_model(model, run / "model", files)
+            save_state(run, model, optimizer, done)
+        yield StepReport(
+            step=done,
+            loss=loss.item(),
+            learning_rate=config.learning_rate_at(step),
+            grad_norm=grad_norm.item(),
+            tokens=done * tokens_per_step,
+            tokens_per_second=tokens_per_step / seconds,
+            eval_loss=eval_loss,
+        )
+
+
+@torch.no_grad()
+def evaluate(model: Callable[[Tensor], Tensor], held_out: Batches, config: TrainConfig) -> float:
+    """Mean next-token loss in nats over `eval_sequences` windows of the held-out shard, always the same ones."""
+    losses: list[Tensor] = []
+    for step in range(-(-config.eval_sequences // held_out.batch_size)):
+        ids, targets = (torch.from_numpy(array) for array in held_out.batch(step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            losses.append(next_token_loss(model(ids), targets))
+    return torch.stack(losses).mean().item()
