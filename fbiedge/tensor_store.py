@@ -178,18 +178,15 @@ def _load_weights_only(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the index lists it") from None
     except pickle.UnpicklingError as error:
+        # torch's own text is left out: it suggests to load the file without the weights-only guard.
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or its pickle holds more than tensors ({_first_line(error)})"
+            f"{path} is refused: it is damaged, or its pickle holds more than tensors; get it as safetensors"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint; get it again") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors by name")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise CheckpointError(f"{path.name}: {name!r} is not a dense tensor of floats")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
