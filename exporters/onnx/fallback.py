@@ -36,8 +36,7 @@ def nibble_table() -> npt.NDArray[np.uint8]:
     """uint8 [256, 4]: the 8 sign bits of a byte, lowest first, as 8 codes of 4 bits, low nibble first."""
     bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
     codes = np.where(bits == 1, 9, 7).astype(np.uint8)
-    packed: npt.NDArray[np.uint8] = codes[:, 0::2] | codes[:, 1::2] << 4
-    return packed
+    return np.asarray(codes[:, 0::2] | codes[:, 1::2] << 4, np.uint8)
 
 
 def binary_matmul_function(form: ScalingPattern, *, bias: bool = False) -> FunctionProto:

@@ -33,7 +33,7 @@ DEFAULT_TOKENS = 128
 # Dense float32 weights that the reference may keep in memory. Above it, it reads each tensor as it goes (slower, and
 # one tensor in memory), and the text is cut: a multiply-add by token and weight is what a check costs.
 RESIDENT_LIMIT_BYTES = 2 * 1000**3
-_MULTIPLY_ADDS = 200 * 1000**3  # about 10 seconds of numpy on two cores
+_MULTIPLY_ADDS = 100 * 1000**3  # a few seconds of numpy on two cores
 _FEWEST_TOKENS = 16
 
 
