@@ -123,8 +123,8 @@ def write_texts(root: Path, out: Path) -> tuple[Path, Path, Path]:
         held_out_stories = [tidy(story) for story in re.split(r"\n\n(?=Once upon a time)", file.read())]
     out.mkdir(parents=True, exist_ok=True)
     files = out / "train.txt", out / "held_out_stories.txt", out / "held_out_dialogues.txt"
-    for file, documents in zip(files, (training, held_out_stories, dialogues[-HELD_OUT_DIALOGUES:]), strict=True):
-        file.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    for path, documents in zip(files, (training, held_out_stories, dialogues[-HELD_OUT_DIALOGUES:]), strict=True):
+        path.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
     return files
 
 

@@ -1,0 +1,47 @@
+# Everything a contributor types. `make chat` and `make test` need Python >= 3.10, a C++17 compiler and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -prune -o -type f -print)
+DATA ?= ../shared/data
+RUNS ?= runs/default
+
+.PHONY: chat test check format model bench-ops clean
+
+chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
+	@$(BIN)/fbiedge chat
+
+test: $(VENV)/dev.stamp  ## every test
+	$(BIN)/pytest
+
+check: $(VENV)/dev.stamp  ## linters, types, formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fbiedge training exporters
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'runtime_ops/*.cc' 'runtime_ops/*.h')
+
+format: $(VENV)/dev.stamp  ## rewrite in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'runtime_ops/*.cc' 'runtime_ops/*.h')
+
+model: $(VENV)/dev.stamp  ## train the bundled model again from DATA (hours on two cores)
+	$(BIN)/python -m fbiedge.training.default_model --data $(DATA) --out $(RUNS)
+	$(BIN)/fbiedge export $(RUNS)/student/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
+
+clean:
+	rm -rf $(VENV) build
+
+# The editable install builds the op library; it is built again when a file of runtime_ops/ changes.
+$(VENV)/runtime.stamp: $(NATIVE) | $(BIN)/python
+	@echo "setting up $(VENV): packages and the op library"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(NATIVE) | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/runtime.stamp
+
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV)
