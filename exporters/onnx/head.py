@@ -1,5 +1,6 @@
 """The int8 head, in the form of ORT's MatMulNBits with 8 bits: w ≈ (code - 128) · scale, one scale per 32 inputs.
 
+ONNX Runtime takes 8 bits from 1.22 on; for an older one export the head as fp32.
 Symmetric: scale = max|w| / 127 of the block, so that 0 stays 0 and no zero points are stored. 9 bits a weight in all.
 """
 

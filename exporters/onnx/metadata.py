@@ -22,10 +22,9 @@ from typing import Any
 import fbiedge
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, ModelFileError
+from fbiedge.model_file import FORMAT_VERSION
 
 from .options import ExportOptions
-
-FORMAT_VERSION = "1"
 
 _FILE_KEYS = {
     "tokenizer.json": "fbiedge.tokenizer",

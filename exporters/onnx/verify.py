@@ -76,19 +76,20 @@ def verify_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) ->
     )
 
 
-def default_text_ids(weights: Weights, text: str = DEFAULT_TEXT, limit: int = DEFAULT_TOKENS) -> list[int]:
-    """`text` in the model's own tokens, or random ids (the same each time) where it has no tokenizer.
+def default_text_ids(weights: Weights, text: str | None = None) -> list[int]:
+    """`text` in the model's own tokens; by default the beginning of a built-in one.
 
-    Raises UsageError where tokenizer.json is unusable.
+    Where the model has no tokenizer: random ids, the same each time. Raises UsageError where tokenizer.json is unusable.
     """
     vocab = weights.config.vocab_size
     source = weights.files.get("tokenizer.json")
     if source is None:
-        return [int(token) for token in np.random.default_rng(0).integers(0, vocab, limit)]
+        return [int(token) for token in np.random.default_rng(0).integers(0, vocab, DEFAULT_TOKENS)]
     from tokenizers import Tokenizer
 
     try:
-        ids = Tokenizer.from_str(source).encode(text).ids[:limit]
+        tokenizer = Tokenizer.from_str(source)
+        ids = tokenizer.encode(DEFAULT_TEXT).ids[:DEFAULT_TOKENS] if text is None else tokenizer.encode(text).ids
     except Exception as error:  # tokenizers raises bare Exception
         raise UsageError(f"tokenizer.json can't be used: {error}") from error
     if not ids or max(ids) >= vocab:

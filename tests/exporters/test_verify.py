@@ -92,6 +92,11 @@ def test_default_text_is_tokenised_by_the_model(tmp_path: Path) -> None:
     )
 
 
+def test_a_text_of_ones_own_is_not_cut_before_its_cost_is_known(tmp_path: Path) -> None:
+    init_checkpoint(preset("tiny"), tmp_path / "tiny")
+    assert len(default_text_ids(open_checkpoint(tmp_path / "tiny"), "word " * 200)) == 1001
+
+
 def test_without_tokenizer_ids_are_random_but_the_same_each_time(weights: Weights) -> None:
     ids = default_text_ids(weights)
     assert ids == default_text_ids(weights)
