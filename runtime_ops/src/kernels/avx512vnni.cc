@@ -1,0 +1,365 @@
+// AVX-512 (F, BW, DQ, VL) with VNNI. One 512-bit load is one tile: 32-bit lane r holds the 32 sign bits of row r.
+//
+// int8. `v & (1 << b)`, as 64 bytes, is plane b: byte 4r + j is (1 << b) where row r has a 1 for input 8j + b. vpdpbusd
+// multiplies it with 4 activations (inputs b, 8+b, 16+b, 24+b, broadcast to all rows) and adds into 32-bit lanes, so
+// lane r gathers (1 << b) * sum of q where the bit is 1. Activations are permuted to that order once a token. With
+// P = sum of q where the bit is 1 and S = sum of q, the group's result is the integer 2P - S.
+//   One token: planes b and 4 + b (of v >> 4) share an accumulator, which is divided by 1 << b at the group's end.
+//   More tokens: the planes of a group are expanded to bytes 0/1 once (4 KB for two tiles, stays in L1) and reused.
+//
+// fp32. A row's sign bits of 4 inputs select one of the 16 sums +-x0 +-x1 +-x2 +-x3, tabulated once a token: vpermps
+// does 16 rows x 4 inputs at a time, and ignores the bits above the lowest 4, so a shift of v is all the unpacking
+// there is. That is 64 multiply-accumulates for a shift, a permute and an add, against 16 for an FMA.
+
+#include <immintrin.h>
+
+#include "../kernel_table.h"
+
+namespace fbiedge {
+namespace {
+
+constexpr size_t kInputsPerTable = 4;
+constexpr size_t kTableFloats = 16;
+constexpr size_t kTablesPerTile = kTileInputs / kInputsPerTable;
+constexpr size_t kQuadsPerTile = 8;  // 32-bit words of 4 activations, one a plane
+constexpr size_t kQuadsPerGroup = 32;
+
+// Lanes 8, 4, 2, 1 apart: the order of the scalar kernel.
+float sum_lanes(__m512 sum_f32x16) {
+    const __m256 high_f32x8 = _mm512_extractf32x8_ps(sum_f32x16, 1);
+    const __m256 sum_f32x8 = _mm256_add_ps(_mm512_castps512_ps256(sum_f32x16), high_f32x8);
+    __m128 sum_f32x4 = _mm_add_ps(_mm256_castps256_ps128(sum_f32x8), _mm256_extractf128_ps(sum_f32x8, 1));
+    sum_f32x4 = _mm_add_ps(sum_f32x4, _mm_movehl_ps(sum_f32x4, sum_f32x4));
+    return _mm_cvtss_f32(_mm_add_ss(sum_f32x4, _mm_shuffle_ps(sum_f32x4, sum_f32x4, 1)));
+}
+
+__m512 add_offsets(__m512 sum_f32x16, const GroupInput& in, size_t at) {
+    const __m512 x_f32x16 = _mm512_loadu_ps(in.x + at);
+    if (!in.beta) return _mm512_add_ps(sum_f32x16, x_f32x16);
+    return _mm512_add_ps(sum_f32x16, _mm512_mul_ps(_mm512_loadu_ps(in.beta + at), x_f32x16));
+}
+
+__m512 scaled_inputs(const GroupInput& in, size_t at) {
+    const __m512 x_f32x16 = _mm512_loadu_ps(in.x + at);
+    return in.alpha ? _mm512_mul_ps(_mm512_loadu_ps(in.alpha + at), x_f32x16) : x_f32x16;
+}
+
+__m512 block_scales(const MultiplyArgs& a, size_t tile, size_t group) {
+    const size_t index = (tile * ceil_div(a.k, kGroupInputs) + group) * kTileRows;
+    if (!a.block_scales_fp16) return _mm512_loadu_ps(static_cast<const float*>(a.block_scales) + index);
+    const uint16_t* halves = static_cast<const uint16_t*>(a.block_scales) + index;
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+}
+
+void finish(const MultiplyArgs& a, size_t token, size_t tile, __m512 total_f32x16) {
+    const __m512 sum_f32x16 = _mm512_set1_ps(*offset_sum(a.tokens + token * a.token_stride_in_bytes));
+    const size_t row = tile * a.row_step;
+    if (a.row_alpha) total_f32x16 = _mm512_mul_ps(_mm512_loadu_ps(a.row_alpha + row), total_f32x16);
+    if (a.row_beta) {
+        const __m512 offset_f32x16 = _mm512_mul_ps(_mm512_loadu_ps(a.row_beta + row), sum_f32x16);
+        total_f32x16 = _mm512_add_ps(total_f32x16, offset_f32x16);
+    }
+    if (a.add_offset_sum) total_f32x16 = _mm512_add_ps(total_f32x16, sum_f32x16);
+    if (a.bias) total_f32x16 = _mm512_add_ps(total_f32x16, _mm512_loadu_ps(a.bias + tile * kTileRows));
+    _mm512_storeu_ps(a.y + token * a.y_stride + tile * kTileRows, total_f32x16);
+}
+
+// --- int8 level
+// -------------------------------------------------------------------------------------------------------
+
+// 32 int8 in natural order (8j + b) -> plane order (4b + j): the transpose of 4 x 8 bytes.
+void store_plane_order(__m128i low_i8x16, __m128i high_i8x16, int32_t* quads) {
+    const __m128i j01_i8x16 = _mm_unpacklo_epi8(low_i8x16, _mm_srli_si128(low_i8x16, 8));
+    const __m128i j23_i8x16 = _mm_unpacklo_epi8(high_i8x16, _mm_srli_si128(high_i8x16, 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quads), _mm_unpacklo_epi16(j01_i8x16, j23_i8x16));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quads + 4), _mm_unpackhi_epi16(j01_i8x16, j23_i8x16));
+}
+
+void prepare_int8_avx512vnni(const TokenInput& in, uint8_t* token) {
+    const Int8Layout layout = int8_layout(in.k);
+    float* scales = reinterpret_cast<float*>(token + layout.scales_at);
+    int32_t* sums = reinterpret_cast<int32_t*>(token + layout.sums_at);
+    int32_t* quads = reinterpret_cast<int32_t*>(token + layout.q_at);
+    GroupPadding padding;
+    __m512 offsets_f32x16 = _mm512_setzero_ps();
+    for (size_t group = 0; group < layout.groups; ++group, quads += kQuadsPerGroup) {
+        const GroupInput group_in = group_input(in, group * kGroupInputs, padding);
+        __m512 xs_f32x16[8];
+        __m512i peak_u32x16 = _mm512_setzero_si512();
+        for (size_t i = 0; i < 8; ++i) {
+            offsets_f32x16 = add_offsets(offsets_f32x16, group_in, 16 * i);
+            xs_f32x16[i] = scaled_inputs(group_in, 16 * i);
+            const __m512i magnitude_u32x16 =
+                _mm512_and_si512(_mm512_castps_si512(xs_f32x16[i]), _mm512_set1_epi32(0x7fffffff));
+            peak_u32x16 = _mm512_max_epu32(peak_u32x16, magnitude_u32x16);
+        }
+        const float scale = group_scale(_mm512_reduce_max_epu32(peak_u32x16));
+        const __mmask16 usable = scale_is_usable(scale) ? 0xffff : 0;
+        const __m512 scale_f32x16 = _mm512_set1_ps(scale);
+        __m512i sum_i32x16 = _mm512_setzero_si512();
+        __m128i q_i8x16[8];
+        for (size_t i = 0; i < 8; ++i) {
+            const __m512i q_i32x16 = _mm512_maskz_cvt_roundps_epi32(usable, _mm512_div_ps(xs_f32x16[i], scale_f32x16),
+                                                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            sum_i32x16 = _mm512_add_epi32(sum_i32x16, q_i32x16);
+            q_i8x16[i] = _mm512_cvtepi32_epi8(q_i32x16);
+        }
+        for (size_t t = 0; t < kGroupTiles; ++t) {
+            store_plane_order(q_i8x16[2 * t], q_i8x16[2 * t + 1], quads + t * kQuadsPerTile);
+        }
+        scales[group] = scale;
+        sums[group] = _mm512_reduce_add_epi32(sum_i32x16);
+    }
+    *offset_sum(token) = sum_lanes(offsets_f32x16);
+}
+
+struct Int8Token {
+    const float* scales;
+    const int32_t* sums;
+    const int32_t* quads;
+};
+
+Int8Token int8_token(const MultiplyArgs& a, const Int8Layout& layout, size_t index) {
+    const uint8_t* token = a.tokens + index * a.token_stride_in_bytes;
+    return {reinterpret_cast<const float*>(token + layout.scales_at),
+            reinterpret_cast<const int32_t*>(token + layout.sums_at),
+            reinterpret_cast<const int32_t*>(token + layout.q_at)};
+}
+
+// total += d * (scale * float(2P - S)), every operation rounded on its own.
+__m512 add_group(const MultiplyArgs& a, size_t tile, size_t group, __m512 total_f32x16, __m512i positive_i32x16,
+                 float scale, int32_t sum) {
+    const __m512i value_i32x16 = _mm512_sub_epi32(_mm512_slli_epi32(positive_i32x16, 1), _mm512_set1_epi32(sum));
+    __m512 value_f32x16 = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(value_i32x16));
+    if (a.block_scales) value_f32x16 = _mm512_mul_ps(block_scales(a, tile, group), value_f32x16);
+    return _mm512_add_ps(total_f32x16, value_f32x16);
+}
+
+template <int kTiles>
+void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile) {
+    const Int8Token token = int8_token(a, layout, 0);
+    const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
+    const size_t tile_stride = a.k_tiles * kTileBytes;
+    __m512 total_f32x16[kTiles];
+    for (int n = 0; n < kTiles; ++n) total_f32x16[n] = _mm512_setzero_ps();
+    for (size_t group = 0; group < layout.groups; ++group) {
+        const size_t last = min_size((group + 1) * kGroupTiles, a.k_tiles);
+        __m512i acc_i32x16[kTiles][4];
+        for (int n = 0; n < kTiles; ++n) {
+            for (int b = 0; b < 4; ++b) acc_i32x16[n][b] = _mm512_setzero_si512();
+        }
+        for (size_t k_tile = group * kGroupTiles; k_tile < last; ++k_tile) {
+            const int32_t* quads = token.quads + k_tile * kQuadsPerTile;
+            for (int n = 0; n < kTiles; ++n) {
+                const __m512i low_u8x64 = _mm512_loadu_si512(bits + n * tile_stride + k_tile * kTileBytes);
+                const __m512i high_u8x64 = _mm512_srli_epi16(low_u8x64, 4);
+                for (int b = 0; b < 4; ++b) {
+                    const __m512i mask_u8x64 = _mm512_set1_epi8(static_cast<char>(1 << b));
+                    acc_i32x16[n][b] = _mm512_dpbusd_epi32(acc_i32x16[n][b], _mm512_and_si512(low_u8x64, mask_u8x64),
+                                                           _mm512_set1_epi32(quads[b]));
+                    acc_i32x16[n][b] = _mm512_dpbusd_epi32(acc_i32x16[n][b], _mm512_and_si512(high_u8x64, mask_u8x64),
+                                                           _mm512_set1_epi32(quads[4 + b]));
+                }
+            }
+        }
+        for (int n = 0; n < kTiles; ++n) {
+            const __m512i low_i32x16 = _mm512_add_epi32(acc_i32x16[n][0], _mm512_srai_epi32(acc_i32x16[n][1], 1));
+            const __m512i high_i32x16 =
+                _mm512_add_epi32(_mm512_srai_epi32(acc_i32x16[n][2], 2), _mm512_srai_epi32(acc_i32x16[n][3], 3));
+            total_f32x16[n] = add_group(a, tile + n, group, total_f32x16[n], _mm512_add_epi32(low_i32x16, high_i32x16),
+                                        token.scales[group], token.sums[group]);
+        }
+    }
+    for (int n = 0; n < kTiles; ++n) finish(a, 0, tile + n, total_f32x16[n]);
+}
+
+// Two tiles' state over all tokens, for one group after the other.
+struct GemmState {
+    alignas(64) uint8_t planes[2][kQuadsPerGroup][64];
+    alignas(64) float totals[kMaxTokens][2][kTileRows];
+};
+
+template <int kTiles>
+void expand_planes(const MultiplyArgs& a, size_t tile, size_t first_k_tile, size_t k_tiles, GemmState& state) {
+    for (int n = 0; n < kTiles; ++n) {
+        const uint8_t* bits = a.tiles + ((tile + n) * a.k_tiles + first_k_tile) * kTileBytes;
+        for (size_t t = 0; t < k_tiles; ++t) {
+            const __m512i v_u8x64 = _mm512_loadu_si512(bits + t * kTileBytes);
+            for (int b = 0; b < 8; ++b) {
+                const __m512i plane_u8x64 = _mm512_and_si512(v_u8x64, _mm512_set1_epi8(static_cast<char>(1 << b)));
+                _mm512_store_si512(state.planes[n][t * kQuadsPerTile + b], _mm512_srli_epi16(plane_u8x64, b));
+            }
+        }
+    }
+}
+
+template <int kTiles, int kTokens>
+void tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t group, size_t n_planes,
+                 size_t first_token, GemmState& state) {
+    const uint8_t* tokens = a.tokens + first_token * a.token_stride_in_bytes;
+    const uint8_t* quads = tokens + layout.q_at + group * kGroupInputs;
+    __m512i acc_i32x16[kTiles][kTokens];
+    for (int n = 0; n < kTiles; ++n) {
+        for (int t = 0; t < kTokens; ++t) acc_i32x16[n][t] = _mm512_setzero_si512();
+    }
+    for (size_t p = 0; p < n_planes; ++p) {
+        __m512i plane_u8x64[kTiles];
+        for (int n = 0; n < kTiles; ++n) plane_u8x64[n] = _mm512_load_si512(state.planes[n][p]);
+        for (int t = 0; t < kTokens; ++t) {
+            const int32_t* token_quads = reinterpret_cast<const int32_t*>(quads + t * a.token_stride_in_bytes);
+            const __m512i q_i8x64 = _mm512_set1_epi32(token_quads[p]);
+            for (int n = 0; n < kTiles; ++n) {
+                acc_i32x16[n][t] = _mm512_dpbusd_epi32(acc_i32x16[n][t], plane_u8x64[n], q_i8x64);
+            }
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+        const Int8Token token = int8_token(a, layout, first_token + t);
+        for (int n = 0; n < kTiles; ++n) {
+            float* totals = state.totals[first_token + t][n];
+            const __m512 total_f32x16 = group == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals);
+            _mm512_store_ps(totals, add_group(a, tile + n, group, total_f32x16, acc_i32x16[n][t], token.scales[group],
+                                              token.sums[group]));
+        }
+    }
+}
+
+template <int kTiles>
+void many_tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, GemmState& state) {
+    for (size_t group = 0; group < layout.groups; ++group) {
+        const size_t first_k_tile = group * kGroupTiles, k_tiles = min_size(a.k_tiles - first_k_tile, kGroupTiles);
+        const size_t n_planes = k_tiles * kQuadsPerTile;
+        expand_planes<kTiles>(a, tile, first_k_tile, k_tiles, state);
+        size_t token = 0;
+        for (; token + 8 <= a.m; token += 8) tokens_int8<kTiles, 8>(a, layout, tile, group, n_planes, token, state);
+        for (; token + 4 <= a.m; token += 4) tokens_int8<kTiles, 4>(a, layout, tile, group, n_planes, token, state);
+        for (; token + 2 <= a.m; token += 2) tokens_int8<kTiles, 2>(a, layout, tile, group, n_planes, token, state);
+        for (; token < a.m; ++token) tokens_int8<kTiles, 1>(a, layout, tile, group, n_planes, token, state);
+    }
+    for (size_t token = 0; token < a.m; ++token) {
+        for (int n = 0; n < kTiles; ++n) finish(a, token, tile + n, _mm512_load_ps(state.totals[token][n]));
+    }
+}
+
+void binary_matmul_int8_avx512vnni(const MultiplyArgs& a) {
+    const Int8Layout layout = int8_layout(a.k);
+    size_t tile = 0;
+    if (a.m == 1) {
+        for (; tile + 2 <= a.n_tiles; tile += 2) one_token_int8<2>(a, layout, tile);
+        for (; tile < a.n_tiles; ++tile) one_token_int8<1>(a, layout, tile);
+        return;
+    }
+    GemmState state;
+    for (; tile + 2 <= a.n_tiles; tile += 2) many_tokens_int8<2>(a, layout, tile, state);
+    for (; tile < a.n_tiles; ++tile) many_tokens_int8<1>(a, layout, tile, state);
+}
+
+// --- fp32 level
+// -------------------------------------------------------------------------------------------------------
+
+size_t token_bytes_fp32_avx512vnni(size_t k) {
+    const size_t tables = ceil_div(k, kTileInputs) * kTablesPerTile;
+    return kTokenHeaderBytes + tables * kTableFloats * sizeof(float);
+}
+
+// Entry i of a table: sum of +x[j] where bit j of i is 1, -x[j] where it is 0.
+__m512 sign_sums(const float* x) {
+    __m512 signed_f32x16[kInputsPerTable];
+    const __m512i index_u32x16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int j = 0; j < 4; ++j) {
+        const __mmask16 negative = _mm512_testn_epi32_mask(index_u32x16, _mm512_set1_epi32(1 << j));
+        const __m512 x_f32x16 = _mm512_set1_ps(x[j]);
+        signed_f32x16[j] = _mm512_mask_xor_ps(x_f32x16, negative, x_f32x16, _mm512_set1_ps(-0.0f));
+    }
+    return _mm512_add_ps(_mm512_add_ps(signed_f32x16[0], signed_f32x16[1]),
+                         _mm512_add_ps(signed_f32x16[2], signed_f32x16[3]));
+}
+
+void prepare_fp32_avx512vnni(const TokenInput& in, uint8_t* token) {
+    float* table = reinterpret_cast<float*>(token + kTokenHeaderBytes);
+    GroupPadding padding;
+    __m512 offsets_f32x16 = _mm512_setzero_ps();
+    for (size_t first = 0; first < in.k; first += kGroupInputs) {
+        const GroupInput group_in = group_input(in, first, padding);
+        alignas(64) float xs[kGroupInputs];
+        for (size_t i = 0; i < kGroupInputs; i += 16) {
+            offsets_f32x16 = add_offsets(offsets_f32x16, group_in, i);
+            _mm512_store_ps(xs + i, scaled_inputs(group_in, i));
+        }
+        const size_t inputs = min_size(ceil_div(in.k - first, kTileInputs) * kTileInputs, kGroupInputs);
+        for (size_t i = 0; i < inputs; i += kInputsPerTable, table += kTableFloats) {
+            _mm512_store_ps(table, sign_sums(xs + i));
+        }
+    }
+    *offset_sum(token) = sum_lanes(offsets_f32x16);
+}
+
+// The order of additions of one output does not depend on kTiles and kTokens: tables of a group, then groups.
+template <int kTiles, int kTokens>
+void tokens_fp32(const MultiplyArgs& a, size_t tile, size_t first_token) {
+    const uint8_t* tables = a.tokens + first_token * a.token_stride_in_bytes + kTokenHeaderBytes;
+    const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
+    const size_t tile_stride = a.k_tiles * kTileBytes;
+    __m512 total_f32x16[kTiles][kTokens];
+    for (int n = 0; n < kTiles; ++n) {
+        for (int t = 0; t < kTokens; ++t) total_f32x16[n][t] = _mm512_setzero_ps();
+    }
+    for (size_t group = 0; group * kGroupTiles < a.k_tiles; ++group) {
+        const size_t last = min_size((group + 1) * kGroupTiles, a.k_tiles);
+        __m512 acc_f32x16[kTiles][kTokens];
+        for (int n = 0; n < kTiles; ++n) {
+            for (int t = 0; t < kTokens; ++t) acc_f32x16[n][t] = _mm512_setzero_ps();
+        }
+        for (size_t k_tile = group * kGroupTiles; k_tile < last; ++k_tile) {
+            __m512i index_u32x16[kTiles];
+            for (int n = 0; n < kTiles; ++n) {
+                index_u32x16[n] = _mm512_loadu_si512(bits + n * tile_stride + k_tile * kTileBytes);
+            }
+            for (size_t i = 0; i < kTablesPerTile; ++i) {
+                const size_t at = (k_tile * kTablesPerTile + i) * kTableFloats * sizeof(float);
+                for (int t = 0; t < kTokens; ++t) {
+                    const __m512 table_f32x16 = _mm512_load_ps(tables + t * a.token_stride_in_bytes + at);
+                    for (int n = 0; n < kTiles; ++n) {
+                        const __m512 sum_f32x16 = _mm512_permutexvar_ps(index_u32x16[n], table_f32x16);
+                        acc_f32x16[n][t] = _mm512_add_ps(acc_f32x16[n][t], sum_f32x16);
+                    }
+                }
+                for (int n = 0; n < kTiles; ++n) index_u32x16[n] = _mm512_srli_epi32(index_u32x16[n], 4);
+            }
+        }
+        for (int n = 0; n < kTiles; ++n) {
+            for (int t = 0; t < kTokens; ++t) {
+                __m512 value_f32x16 = acc_f32x16[n][t];
+                if (a.block_scales) value_f32x16 = _mm512_mul_ps(block_scales(a, tile + n, group), value_f32x16);
+                total_f32x16[n][t] = _mm512_add_ps(total_f32x16[n][t], value_f32x16);
+            }
+        }
+    }
+    for (int n = 0; n < kTiles; ++n) {
+        for (int t = 0; t < kTokens; ++t) finish(a, first_token + t, tile + n, total_f32x16[n][t]);
+    }
+}
+
+template <int kTiles>
+void all_tokens_fp32(const MultiplyArgs& a, size_t tile) {
+    size_t token = 0;
+    for (; token + 4 <= a.m; token += 4) tokens_fp32<kTiles, 4>(a, tile, token);
+    for (; token + 2 <= a.m; token += 2) tokens_fp32<kTiles, 2>(a, tile, token);
+    for (; token < a.m; ++token) tokens_fp32<kTiles, 1>(a, tile, token);
+}
+
+void binary_matmul_fp32_avx512vnni(const MultiplyArgs& a) {
+    size_t tile = 0;
+    for (; tile + 4 <= a.n_tiles; tile += 4) all_tokens_fp32<4>(a, tile);
+    for (; tile < a.n_tiles; ++tile) all_tokens_fp32<1>(a, tile);
+}
+
+}  // namespace
+
+const KernelTable kKernelsAvx512Vnni = {
+    "avx512vnni",
+    {token_bytes_fp32_avx512vnni, prepare_fp32_avx512vnni, binary_matmul_fp32_avx512vnni},
+    {int8_token_bytes, prepare_int8_avx512vnni, binary_matmul_int8_avx512vnni},
+};
+
+}  // namespace fbiedge

@@ -1,0 +1,87 @@
+// Compares abi.h with the official header. Only built when ONNXRUNTIME_INCLUDE_DIR is given.
+
+#include <onnxruntime_c_api.h>
+
+#include "abi.h"
+
+#define SAME_SLOT(name)                                                                                   \
+    static_assert(offsetof(fbiedge_ort_abi::OrtApi, name) == offsetof(::OrtApi, name), "OrtApi: " #name); \
+    static_assert(sizeof(fbiedge_ort_abi::OrtApi::name) == sizeof(::OrtApi::name), "OrtApi: " #name)
+#define SAME_CALLBACK(name)                                                                                     \
+    static_assert(offsetof(fbiedge_ort_abi::OrtCustomOp, name) == offsetof(::OrtCustomOp, name), "OrtCustomOp:" \
+                                                                                                 " " #name)
+#define SAME_VALUE(name) static_assert(int(fbiedge_ort_abi::name) == int(::name), #name)
+
+SAME_SLOT(CreateStatus);
+SAME_SLOT(GetErrorMessage);
+SAME_SLOT(CreateCustomOpDomain);
+SAME_SLOT(CustomOpDomain_Add);
+SAME_SLOT(AddCustomOpDomain);
+SAME_SLOT(GetTensorMutableData);
+SAME_SLOT(CreateTensorTypeAndShapeInfo);
+SAME_SLOT(SetTensorElementType);
+SAME_SLOT(SetDimensions);
+SAME_SLOT(GetTensorElementType);
+SAME_SLOT(GetDimensionsCount);
+SAME_SLOT(GetDimensions);
+SAME_SLOT(GetSymbolicDimensions);
+SAME_SLOT(GetTensorTypeAndShape);
+SAME_SLOT(KernelInfoGetAttribute_int64);
+SAME_SLOT(KernelInfoGetAttribute_string);
+SAME_SLOT(KernelContext_GetInput);
+SAME_SLOT(KernelContext_GetOutput);
+SAME_SLOT(ReleaseStatus);
+SAME_SLOT(ReleaseTensorTypeAndShapeInfo);
+SAME_SLOT(KernelInfo_GetInputCount);
+SAME_SLOT(KernelInfo_GetInputName);
+SAME_SLOT(HasSessionConfigEntry);
+SAME_SLOT(GetSessionConfigEntry);
+SAME_SLOT(KernelInfo_GetNodeName);
+SAME_SLOT(KernelInfoGetConstantInput_tensor);
+SAME_SLOT(ShapeInferContext_GetInputTypeShape);
+SAME_SLOT(ShapeInferContext_GetAttribute);
+SAME_SLOT(ShapeInferContext_SetOutputTypeShape);
+SAME_SLOT(SetSymbolicDimensions);
+SAME_SLOT(ReadOpAttr);
+SAME_SLOT(KernelContext_ParallelFor);
+
+SAME_CALLBACK(version);
+SAME_CALLBACK(CreateKernel);
+SAME_CALLBACK(GetName);
+SAME_CALLBACK(GetExecutionProviderType);
+SAME_CALLBACK(GetInputType);
+SAME_CALLBACK(GetInputTypeCount);
+SAME_CALLBACK(GetOutputType);
+SAME_CALLBACK(GetOutputTypeCount);
+SAME_CALLBACK(KernelCompute);
+SAME_CALLBACK(KernelDestroy);
+SAME_CALLBACK(GetInputCharacteristic);
+SAME_CALLBACK(GetOutputCharacteristic);
+SAME_CALLBACK(GetInputMemoryType);
+SAME_CALLBACK(GetVariadicInputMinArity);
+SAME_CALLBACK(GetVariadicInputHomogeneity);
+SAME_CALLBACK(GetVariadicOutputMinArity);
+SAME_CALLBACK(GetVariadicOutputHomogeneity);
+SAME_CALLBACK(CreateKernelV2);
+SAME_CALLBACK(KernelComputeV2);
+SAME_CALLBACK(InferOutputShapeFn);
+SAME_CALLBACK(GetStartVersion);
+SAME_CALLBACK(GetEndVersion);
+SAME_CALLBACK(GetMayInplace);
+SAME_CALLBACK(ReleaseMayInplace);
+SAME_CALLBACK(GetAliasMap);
+SAME_CALLBACK(ReleaseAliasMap);
+static_assert(sizeof(fbiedge_ort_abi::OrtCustomOp) <= sizeof(::OrtCustomOp), "OrtCustomOp: size");
+static_assert(sizeof(void*) != 8 || sizeof(fbiedge_ort_abi::OrtCustomOp) == 208, "OrtCustomOp: size");
+
+SAME_VALUE(ORT_FAIL);
+SAME_VALUE(ORT_INVALID_ARGUMENT);
+SAME_VALUE(ORT_RUNTIME_EXCEPTION);
+SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED);
+SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+SAME_VALUE(ORT_OP_ATTR_INT);
+SAME_VALUE(OrtMemTypeDefault);
+SAME_VALUE(INPUT_OUTPUT_REQUIRED);
+SAME_VALUE(INPUT_OUTPUT_OPTIONAL);

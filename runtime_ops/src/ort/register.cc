@@ -1,0 +1,89 @@
+// The entry point that ONNX Runtime calls when the library is added to a session's options.
+
+#include <cstring>
+#include <list>
+#include <mutex>
+
+#include "../dispatch.h"
+#include "custom_op.h"
+#include "fbiedge_ops.h"
+
+#ifndef FBIEDGE_REGISTER_FUNCTION
+#define FBIEDGE_REGISTER_FUNCTION RegisterCustomOps
+#endif
+
+namespace fbiedge {
+namespace {
+
+constexpr AccuracyLevel kFp32 = AccuracyLevel::kFp32;
+constexpr AccuracyLevel kInt8 = AccuracyLevel::kInt8;
+const char* const kAccuracyKey = "fbiedge.accuracy_level";
+
+// ONNX Runtime keeps pointers to the op and its domain for as long as options and sessions live, and doesn't say when
+// that ends. So each of the few combinations is made once and kept: kernels x override x ONNX Runtimes in the process.
+struct Domain {
+    BinaryMatMulOp op;
+    OrtCustomOpDomain* handle;
+};
+
+OrtCustomOpDomain* domain_for(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override) {
+    static std::mutex& mutex = *new std::mutex;
+    static std::list<Domain>& domains = *new std::list<Domain>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (Domain& domain : domains) {
+        const BinaryMatMulOp& op = domain.op;
+        if (op.api == &api && op.kernels == &kernels && op.level_override == level_override) return domain.handle;
+    }
+    domains.push_back({BinaryMatMulOp(api, kernels, level_override), nullptr});
+    Domain& domain = domains.back();
+    try {
+        check(api, api.CreateCustomOpDomain("fbiedge", &domain.handle));
+        check(api, api.CustomOpDomain_Add(domain.handle, &domain.op));
+    } catch (...) {
+        domains.pop_back();
+        throw;
+    }
+    return domain.handle;
+}
+
+const AccuracyLevel* read_override(const OrtApi& api, const OrtSessionOptions* options) {
+    int has_entry = 0;
+    check(api, api.HasSessionConfigEntry(options, kAccuracyKey, &has_entry));
+    if (!has_entry) return nullptr;
+    size_t size = 0;
+    check(api, api.GetSessionConfigEntry(options, kAccuracyKey, nullptr, &size));
+    std::string text(size, '\0');
+    check(api, api.GetSessionConfigEntry(options, kAccuracyKey, text.data(), &size));
+    text = text.c_str();
+    if (text == "fp32") return &kFp32;
+    if (text == "int8") return &kInt8;
+    throw OpError{"fbiedge: session config entry " + std::string(kAccuracyKey) + " is '" + text +
+                  "', expected fp32 or int8"};
+}
+
+const KernelTable& choose_kernels() {
+    const char* isa = forced_isa();
+    if (const KernelTable* kernels = find_kernels(isa)) return *kernels;
+    std::string names;
+    const AvailableKernels& available = available_kernels();
+    for (size_t i = 0; i < available.count; ++i) names += (i ? ", " : "") + std::string(available.tables[i]->isa);
+    throw OpError{"fbiedge: FBIEDGE_ISA is '" + std::string(isa) + "', expected a kernel that runs here: " + names};
+}
+
+}  // namespace
+}  // namespace fbiedge
+
+extern "C" FBIEDGE_EXPORT fbiedge::OrtStatus* FBIEDGE_ORT_CALL
+FBIEDGE_REGISTER_FUNCTION(fbiedge::OrtSessionOptions* options, const fbiedge::OrtApiBase* api_base) {
+    using namespace fbiedge;
+    const OrtApi* api = api_base->GetApi(kOrtApiVersion);
+    if (!api) {
+        const OrtApi* oldest = api_base->GetApi(1);  // has CreateStatus, to say what is wrong
+        return oldest ? oldest->CreateStatus(ORT_FAIL, "fbiedge: this ONNX Runtime is too old, 1.18 or later is needed")
+                      : nullptr;
+    }
+    return guarded(*api, [&] {
+        OrtCustomOpDomain* domain = domain_for(*api, choose_kernels(), read_override(*api, options));
+        check(*api, api->AddCustomOpDomain(options, domain));
+    });
+}
