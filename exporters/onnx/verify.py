@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import FbiEdgeError, ModelFileError, OpLibraryError, UsageError
+from fbiedge.errors import ModelFileError, OpLibraryError, UsageError
 from fbiedge.metrics import compare_logits
+from fbiedge.ops_library import library_path
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights
 
@@ -62,16 +63,16 @@ def verify_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) ->
         raise UsageError("verification needs at least one token; give a text that isn't empty")
     resident = 4 * parameters <= RESIDENT_LIMIT_BYTES
     expected = Reference(weights, resident=resident).logits(ids)
-    got, library = _onnx_logits(config, Path(onnx_path), ids)
+    got, fallback_reason = _onnx_logits(config, Path(onnx_path), ids)
     loss = compare_logits(expected, got)
-    engine = "the op library" if library else "the stock-operator fallback (no op library)"
+    engine = "the op library" if fallback_reason is None else f"the stock-operator fallback ({fallback_reason})"
     cut = f", cut from {len(text_ids)} tokens" if len(ids) < len(text_ids) else ""
     return VerifyReport(
         max_logit_error=loss.max_abs_error,
         kl_divergence=loss.kl_divergence,
         top1_agreement=loss.top1_agreement,
         tokens=len(ids),
-        op_library=library,
+        op_library=fallback_reason is None,
         note=f"{len(ids)} tokens{cut}, through {engine}",
     )
 
@@ -102,13 +103,17 @@ def _matrix_parameters(config: ModelConfig) -> int:
     return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
 
 
-def _onnx_logits(config: ModelConfig, path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], bool]:
-    """Logits [T, vocab] of one prefill, and whether the op library ran."""
+def _onnx_logits(config: ModelConfig, path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], str | None]:
+    """Logits [T, vocab] of one prefill, and why the op library did not run, None where it did."""
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    library = _register_library(options)
+    fallback_reason = None
+    try:
+        _register_library(options)
+    except OpLibraryError as error:
+        fallback_reason = str(error)
     empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
     feeds: dict[str, npt.NDArray[Any]] = {
         "input_ids": np.array([ids], np.int64),
@@ -119,19 +124,20 @@ def _onnx_logits(config: ModelConfig, path: Path, ids: Sequence[int]) -> tuple[n
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         (logits,) = session.run(["logits"], feeds)
-    except FbiEdgeError:
-        raise
     except Exception as error:  # ONNX Runtime's exceptions share no other base
-        reason = str(error).strip().splitlines()[0]
-        raise ModelFileError(f"ONNX Runtime refuses {path}: {reason}") from error
-    return logits[0], library
+        raise ModelFileError(f"ONNX Runtime refuses {path}: {_first_line(error)}") from error
+    return logits[0], fallback_reason
 
 
-def _register_library(options: object) -> bool:
+def _register_library(options: Any) -> None:
+    """Register the op library with session options. Raises OpLibraryError."""
+    path = library_path()
     try:
-        from fbiedge.ops_library import library_path
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # as above
+        raise OpLibraryError(f"ONNX Runtime refuses {path}: {_first_line(error)}") from error
 
-        options.register_custom_ops_library(str(library_path()))  # type: ignore[attr-defined]
-    except (ImportError, OpLibraryError):
-        return False
-    return True
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

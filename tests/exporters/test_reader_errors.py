@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
+from support.onnx_llama import OnnxLlama
 
 from fbiedge.errors import ModelFileError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
+from fbiedge.ops_library import library_path
 from fbiedge.weights import Weights
 
 
@@ -89,7 +91,7 @@ def test_unusable_config(config: str, embedded: Path) -> None:
     refused(embedded, "unusable metadata fbiedge.config")
 
 
-def test_k_that_does_not_match(embedded: Path) -> None:
+def test_k_that_does_not_match(embedded: Path, weights: Weights) -> None:
     def change(model: ModelProto) -> None:
         (node,) = (node for node in model.graph.node if node.name == "model.layers.1.mlp.down_proj")
         (attribute,) = (attribute for attribute in node.attribute if attribute.name == "K")
@@ -97,6 +99,8 @@ def test_k_that_does_not_match(embedded: Path) -> None:
 
     edit(embedded, change)
     refused(embedded, "model.layers.1.mlp.down_proj has N, K, scale_form 72, 170, 'column', expected 72, 172, 'column'")
+    with pytest.raises(Exception, match="(?s)fbiedge.*170"):  # ONNX Runtime's own class
+        OnnxLlama(embedded, weights.config, library_path())
 
 
 def test_missing_tensor(embedded: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 from support.checkpoints import PATTERNS, dense, small_checkpoint, small_config
@@ -231,3 +232,19 @@ def test_weights_that_contradict_their_config_are_refused(
     with pytest.raises(CheckpointError, match=message):
         export_onnx(Mismatched(weights, replace(weights.config, **change)), out / "model.onnx", embed_limit_bytes=0)
     assert not list(out.iterdir())
+
+
+def test_the_library_runs_the_nodes_and_the_fallback_replaces_them(
+    library: Path | None, weights: Weights, tmp_path: Path
+) -> None:
+    path, optimized = export_onnx(weights, tmp_path / "model.onnx").model, tmp_path / "optimized.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(optimized)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = [node.op_type for node in onnx.load(optimized).graph.node]
+    linears, head = 7 * weights.config.num_hidden_layers, 1
+    binary, nbits = (linears, head) if library is not None else (0, linears + head)
+    assert (nodes.count("BinaryMatMul"), nodes.count("MatMulNBits")) == (binary, nbits)

@@ -64,7 +64,11 @@ def test_says_which_engine_ran(weights: Weights, tmp_path: Path, monkeypatch: py
     assert report.op_library and report.note.endswith("through the op library")
     monkeypatch.setenv("FBIEDGE_OPS_LIBRARY", str(tmp_path / "absent.so"))
     report = verify_export(weights, path, IDS)
-    assert not report.op_library and report.note.endswith("(no op library)")
+    assert not report.op_library and "through the stock-operator fallback (no op library at" in report.note
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.setenv("FBIEDGE_OPS_LIBRARY", str(tmp_path / "broken.so"))
+    report = verify_export(weights, path, IDS)
+    assert not report.op_library and "broken.so" in report.note and "\n" not in report.note
 
 
 def test_no_text(weights: Weights, tmp_path: Path) -> None:
