@@ -7,9 +7,8 @@
 #define SAME_SLOT(name)                                                                                   \
     static_assert(offsetof(fbiedge_ort_abi::OrtApi, name) == offsetof(::OrtApi, name), "OrtApi: " #name); \
     static_assert(sizeof(fbiedge_ort_abi::OrtApi::name) == sizeof(::OrtApi::name), "OrtApi: " #name)
-#define SAME_CALLBACK(name)                                                                                     \
-    static_assert(offsetof(fbiedge_ort_abi::OrtCustomOp, name) == offsetof(::OrtCustomOp, name), "OrtCustomOp:" \
-                                                                                                 " " #name)
+#define SAME_CALLBACK(name) \
+    static_assert(offsetof(fbiedge_ort_abi::OrtCustomOp, name) == offsetof(::OrtCustomOp, name), #name)
 #define SAME_VALUE(name) static_assert(int(fbiedge_ort_abi::name) == int(::name), #name)
 
 SAME_SLOT(CreateStatus);

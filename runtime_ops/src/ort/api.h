@@ -8,6 +8,7 @@
 
 #if defined(FBIEDGE_OFFICIAL_ORT_HEADER)
 #include <onnxruntime_c_api.h>
+#define FBIEDGE_ORT_CALL ORT_API_CALL
 #else
 #include "abi.h"
 namespace fbiedge {

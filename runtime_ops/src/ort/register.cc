@@ -73,9 +73,10 @@ const KernelTable& choose_kernels() {
 }  // namespace
 }  // namespace fbiedge
 
-extern "C" FBIEDGE_EXPORT fbiedge::OrtStatus* FBIEDGE_ORT_CALL
-FBIEDGE_REGISTER_FUNCTION(fbiedge::OrtSessionOptions* options, const fbiedge::OrtApiBase* api_base) {
-    using namespace fbiedge;
+using namespace fbiedge;
+
+extern "C" FBIEDGE_EXPORT OrtStatus* FBIEDGE_ORT_CALL FBIEDGE_REGISTER_FUNCTION(OrtSessionOptions* options,
+                                                                                const OrtApiBase* api_base) {
     const OrtApi* api = api_base->GetApi(kOrtApiVersion);
     if (!api) {
         const OrtApi* oldest = api_base->GetApi(1);  // has CreateStatus, to say what is wrong

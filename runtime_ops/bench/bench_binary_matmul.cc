@@ -1,0 +1,188 @@
+// Microbenchmark of the kernels, on one thread, without ONNX Runtime.
+//
+//   bench_binary_matmul                         shapes of FBI-LLM 130M, 1.3B and 7B
+//   bench_binary_matmul 1x768x768 128x2048x5632 shapes M x N x K
+//   bench_binary_matmul --file shapes.txt       one shape a line, # starts a comment
+//   options: --isa NAME, --level fp32|int8, --form column|row|single|block, --seconds S a line (0.3)
+//
+// GB/s counts packed weight bytes (N * K / 8), GMAC/s multiply-accumulates (M * N * K), both of the fastest of the
+// runs: on a shared machine the slower ones measure the neighbours. Each run takes another copy of the weights, so that
+// decode reads from memory as it does in a model: copies add up to --megabytes (128). The last line is JSON.
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fbiedge_ops.h"
+
+namespace {
+
+struct Shape {
+    size_t m, n, k;
+};
+
+struct Options {
+    std::vector<Shape> shapes;
+    std::string isa, level;
+    int form = FBIEDGE_COLUMN;
+    double seconds = 0.3;
+    double megabytes = 128;
+};
+
+struct Result {
+    std::string isa;
+    int level;
+    Shape shape;
+    double seconds;
+    double gigabytes_per_second() const { return double(shape.n) * double(shape.k) / 8e9 / seconds; }
+    double gmacs_per_second() const { return double(shape.m) * double(shape.n) * double(shape.k) / 1e9 / seconds; }
+};
+
+const char* level_name(int level) { return level == FBIEDGE_FP32 ? "fp32" : "int8"; }
+
+[[noreturn]] void fail(const std::string& message) {
+    std::fprintf(stderr, "bench_binary_matmul: %s\n", message.c_str());
+    std::exit(2);
+}
+
+Shape parse_shape(const std::string& text) {
+    Shape shape;
+    char rest;
+    if (std::sscanf(text.c_str(), "%zux%zux%zu%c", &shape.m, &shape.n, &shape.k, &rest) != 3 || !shape.m || !shape.n ||
+        !shape.k) {
+        fail("'" + text + "' is not a shape, expected MxNxK such as 1x768x768");
+    }
+    return shape;
+}
+
+void read_shapes(const std::string& path, std::vector<Shape>& shapes) {
+    std::ifstream file(path);
+    if (!file) fail("can't read " + path);
+    for (std::string line; std::getline(file, line);) {
+        line = line.substr(0, line.find('#'));
+        const size_t first = line.find_first_not_of(" \t\r");
+        if (first == std::string::npos) continue;
+        shapes.push_back(parse_shape(line.substr(first, line.find_last_not_of(" \t\r") - first + 1)));
+    }
+}
+
+Options parse_options(int argc, char** argv) {
+    Options options;
+    const char* const forms[] = {"column", "row", "single", "block"};
+    for (int i = 1; i < argc; ++i) {
+        const std::string name = argv[i];
+        if (name.rfind("--", 0) != 0) {
+            options.shapes.push_back(parse_shape(name));
+            continue;
+        }
+        if (i + 1 == argc) fail(name + " needs a value");
+        const std::string value = argv[++i];
+        if (name == "--file") {
+            read_shapes(value, options.shapes);
+        } else if (name == "--isa") {
+            options.isa = value;
+        } else if (name == "--level" && (value == "fp32" || value == "int8")) {
+            options.level = value;
+        } else if (name == "--seconds") {
+            options.seconds = std::atof(value.c_str());
+        } else if (name == "--megabytes") {
+            options.megabytes = std::atof(value.c_str());
+        } else if (name == "--form") {
+            options.form = -1;
+            for (int form = 0; form < 4; ++form) options.form = value == forms[form] ? form : options.form;
+            if (options.form < 0) fail("form '" + value + "', expected column, row, single or block");
+        } else {
+            fail("unknown option " + name + " " + value);
+        }
+    }
+    if (options.shapes.empty()) {
+        for (const size_t m : {size_t{1}, size_t{128}}) {
+            for (const Shape& s :
+                 {Shape{m, 768, 768}, Shape{m, 2048, 768}, Shape{m, 2048, 5632}, Shape{m, 4096, 4096}}) {
+                options.shapes.push_back(s);
+            }
+        }
+    }
+    return options;
+}
+
+Result measure(const char* isa, int level, const Shape& shape, const Options& options) {
+    std::mt19937 generator(1);
+    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+    const size_t bytes = fbiedge_packed_bytes(shape.n, shape.k);
+    if (!bytes) fail("shape out of range");
+    const size_t copies = shape.m > 1 ? 1 : static_cast<size_t>(options.megabytes * 1e6 / double(bytes)) + 1;
+    std::vector<uint8_t> tiles(bytes * copies);
+    for (uint8_t& byte : tiles) byte = static_cast<uint8_t>(generator());
+    std::vector<float> a(shape.m * shape.k), y(shape.m * shape.n);
+    for (float& value : a) value = uniform(generator);
+    // Enough for every form: block scales are [ceil(N/16), ceil(K/128), 16].
+    const std::vector<float> scales((shape.n + 15) / 16 * 16 * ((shape.k + 127) / 128) + shape.n + shape.k, 0.5f);
+
+    fbiedge_matmul_args args = {};
+    args.struct_bytes = sizeof args;
+    args.isa = isa;
+    args.accuracy_level = level;
+    args.scale_form = options.form;
+    args.m = shape.m;
+    args.n = shape.n;
+    args.k = shape.k;
+    args.a = a.data();
+    args.scales = scales.data();
+    args.offsets = options.form == FBIEDGE_BLOCK ? nullptr : scales.data();
+    args.y = y.data();
+    Result result = {isa, level, shape, 1e30};
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    for (size_t run = 0; run < 2 || std::chrono::duration<double>(Clock::now() - start).count() < options.seconds;
+         ++run) {
+        args.b = tiles.data() + run % copies * bytes;
+        const auto before = Clock::now();
+        if (const int status = fbiedge_matmul(&args)) fail(fbiedge_status_message(status));
+        const double seconds = std::chrono::duration<double>(Clock::now() - before).count();
+        if (seconds < result.seconds) result.seconds = seconds;
+    }
+    return result;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const Options options = parse_options(argc, argv);
+    std::vector<Result> results;
+    std::printf("%-12s %-5s %6s %6s %6s %12s %8s %9s\n", "kernel", "level", "M", "N", "K", "microseconds", "GB/s",
+                "GMAC/s");
+    for (int i = 0; i < fbiedge_isa_count(); ++i) {
+        const char* isa = fbiedge_isa_name(i);
+        // scalar is the reference, two orders of magnitude slower: only on request
+        if (options.isa.empty() ? std::strcmp(isa, "scalar") == 0 && fbiedge_isa_count() > 1 : options.isa != isa)
+            continue;
+        for (const int level : {FBIEDGE_INT8, FBIEDGE_FP32}) {
+            if (!options.level.empty() && options.level != level_name(level)) continue;
+            for (const Shape& shape : options.shapes) {
+                const Result r = measure(isa, level, shape, options);
+                std::printf("%-12s %-5s %6zu %6zu %6zu %12.1f %8.2f %9.1f\n", isa, level_name(level), shape.m, shape.n,
+                            shape.k, r.seconds * 1e6, r.gigabytes_per_second(), r.gmacs_per_second());
+                std::fflush(stdout);
+                results.push_back(r);
+            }
+        }
+    }
+    if (results.empty()) fail("kernel '" + options.isa + "' doesn't run here");
+    std::printf("{\"version\": \"%s\", \"results\": [", fbiedge_version());
+    for (size_t i = 0; i < results.size(); ++i) {
+        const Result& r = results[i];
+        std::printf(
+            "%s{\"kernel\": \"%s\", \"level\": \"%s\", \"m\": %zu, \"n\": %zu, \"k\": %zu, \"seconds\": %.9f, "
+            "\"gigabytes_per_second\": %.3f, \"gmacs_per_second\": %.3f}",
+            i ? ", " : "", r.isa.c_str(), level_name(r.level), r.shape.m, r.shape.n, r.shape.k, r.seconds,
+            r.gigabytes_per_second(), r.gmacs_per_second());
+    }
+    std::printf("]}\n");
+    return 0;
+}
