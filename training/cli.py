@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fbiedge.config import ModelConfig, ScalingPattern, preset
 from fbiedge.errors import UsageError
+from fbiedge.weights import open_checkpoint
 
 from .config import TrainConfig
 from .progress import run_with_progress
@@ -42,6 +43,9 @@ def train(
         str, typer.Option(help="column, row, single, block; none trains a full-precision model (a teacher).")
     ] = "column",
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default trained on the data.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Pieces of the tokenizer; by default the teacher's, else the preset's.")
+    ] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja chat template to ship with the model.")] = None,
     special_token: Annotated[list[str] | None, typer.Option(help="Marker kept whole by a new tokenizer.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
@@ -72,6 +76,10 @@ def train(
         if (out / "run.json").exists():
             raise UsageError(f"{out} holds a run already; add --resume to go on with it, or choose another folder")
         model = dataclasses.replace(_shape(preset_name, config), scaling_pattern=cast(ScalingPattern, scaling_pattern))
+        if teacher is not None and vocab_size is None:
+            vocab_size = open_checkpoint(teacher).config.vocab_size
+        if vocab_size is not None:
+            model = dataclasses.replace(model, vocab_size=vocab_size)
         if sequence_length > model.max_position_embeddings:
             raise UsageError(
                 f"sequences of {sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
