@@ -11,21 +11,25 @@ Interrupted, the same command goes on where it stopped.
 from __future__ import annotations
 
 import csv
+import json
 import lzma
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from fbiedge.config import ModelConfig
 from fbiedge.errors import UsageError
 
+from .checkpoint import load_model
 from .config import TrainConfig
+from .evaluation import held_out_loss
 from .progress import run_with_progress
 from .run import RunPlan, prepare_run
 
@@ -185,6 +189,26 @@ def main(
         )
     console.rule("student")
     run_with_progress(student_run, (student_run / "state.pt").exists(), console)
+    console.rule("held-out")
+    report(out, console)
+
+
+def report(out: Path, console: Console) -> None:
+    """Print and store (OUT/report.json) the loss of teacher and student on each held-out text."""
+    rows = []
+    for name in ("teacher", "student"):
+        run = out / name
+        model = load_model(run / "model")
+        tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+        for text in ("held_out_stories", "held_out_dialogues"):
+            loss = held_out_loss(model, out / "text" / f"{text}.txt", tokenizer, out / "text" / f"{text}.tokens")
+            row = {"model": name, "text": text, **asdict(loss)}
+            rows.append({**row, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte})
+            console.print(
+                f"{name:8} {text:20} {loss.nats_per_token:.4f} nats/token  perplexity {loss.perplexity:.3f}  "
+                f"{loss.bits_per_byte:.4f} bits/byte  {loss.tokens} tokens"
+            )
+    (out / "report.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

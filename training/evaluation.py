@@ -1,0 +1,56 @@
+"""Held-out loss over a whole text: what a model card states."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from .data import open_shard, read_documents, write_shard
+from .loss import next_token_loss
+from .model import Llama
+
+WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """Mean next-token loss over a text cut into windows that don't overlap."""
+
+    nats_per_token: float
+    tokens: int  # predicted
+    bytes: int  # of UTF-8 text, markers included
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss per token; depends on the tokenizer."""
+        return math.exp(self.nats_per_token)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.nats_per_token * self.tokens / self.bytes / math.log(2)
+
+
+@torch.no_grad()
+def held_out_loss(model: Llama, text: Path, tokenizer: Tokenizer, scratch: Path) -> HeldOutLoss:
+    """Loss of `model` in fp32 on the documents of `text`, in windows as long as its context.
+
+    The last window, where the text ends inside it, is left out. `scratch` receives the text's token shard.
+    """
+    config = model.config
+    write_shard(read_documents([text]), tokenizer, config.bos_token_id, config.eos_token_id, scratch)
+    tokens = open_shard(scratch)
+    length = config.max_position_embeddings
+    windows = (len(tokens) - 1) // length
+    total = 0.0
+    for first in range(0, windows, WINDOWS_AT_ONCE):
+        starts = [i * length for i in range(first, min(first + WINDOWS_AT_ONCE, windows))]
+        rows = torch.stack([torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts])
+        total += next_token_loss(model(rows[:, :-1]), rows[:, 1:]).item() * len(starts)
+    share = windows * length / len(tokens)
+    size = sum(len(document.encode()) for document in read_documents([text]))
+    return HeldOutLoss(nats_per_token=total / windows, tokens=windows * length, bytes=round(size * share))
