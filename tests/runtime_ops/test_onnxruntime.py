@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from fbiedge import ops_library
 ISAS = ops_library.available_isas()
 
 
-def open_session(model: onnx.ModelProto, *, threads: int = 1, config: dict[str, str] | None = None) -> ort.InferenceSession:
+def open_session(
+    model: onnx.ModelProto, *, threads: int = 1, config: dict[str, str] | None = None
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -173,8 +177,6 @@ def test_activations_of_another_width_are_an_error_not_a_crash() -> None:
 
 
 def test_concurrent_runs_of_one_session() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     p = problem(9, 345, 768, "column")
     session = open_session(op_model(p), threads=2)
     expected = by_c_api(p, "int8")
@@ -206,7 +208,7 @@ print(anonymous_megabytes() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_weights_are_neither_copied_nor_repacked(tmp_path: Any) -> None:
+def test_weights_are_neither_copied_nor_repacked(tmp_path: Path) -> None:
     """64 MB of external weights stay file pages: after a run that read them all, private memory grew by far less."""
     n, k = 32768, 16384
     tiles = np.random.default_rng(0).integers(0, 256, (n // 16, k // 32, 64), np.uint8)

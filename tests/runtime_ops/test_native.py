@@ -1,0 +1,83 @@
+"""Builds runtime_ops alone, as an app would, and runs its native tests: with sanitizers here, and under emulation for Arm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "runtime_ops"
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's cmake and ninja
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=TOOLS)
+    assert found is not None, f"{name} is missing; install it (pip install cmake ninja)"
+    return found
+
+
+def call(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def build(folder: Path, *options: str, target: str) -> Path:
+    ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
+    call(tool("cmake"), "-G", "Ninja", ninja, "-S", SOURCE, "-B", folder, *options)
+    output = call(tool("cmake"), "--build", folder, "--target", target)
+    assert "warning:" not in output, output
+    return folder
+
+
+def test_native_tests_pass_under_sanitizers(tmp_path: Path) -> None:
+    folder = build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DFBIEDGE_SANITIZE=ON", target="test_binary_matmul")
+    # A leak check needs ptrace, which containers may deny; it is left to a run by hand.
+    output = call(folder / "test_binary_matmul", env={"ASAN_OPTIONS": "detect_leaks=0"})
+    assert ", 0 failed" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nm's letters are those of ELF")
+def test_kernel_objects_have_no_weak_symbols(tmp_path: Path) -> None:
+    """Built without optimisation, where nothing is inlined away.
+
+    An inline function with external linkage, compiled for AVX-512 in a kernel file, could be the copy that the linker
+    keeps for the whole library; on a machine without AVX-512 that is an illegal instruction.
+    """
+    folder = build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", target="fbiedge_kernels")
+    objects = sorted(folder.rglob("kernels/*.o"))
+    assert "scalar.cc.o" in [path.name for path in objects]
+    for path in objects:
+        symbols = [line.split()[-2:] for line in call(tool("nm"), "--defined-only", path).splitlines()]
+        visible = [(kind, name) for kind, name in symbols if kind.isupper() or kind in "wvu"]
+        assert len(visible) == 1 and visible[0][0] in "DR" and "kKernels" in visible[0][1], f"{path.name}: {visible}"
+
+
+def test_benchmark_ends_in_json(tmp_path: Path) -> None:
+    folder = build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", target="bench_binary_matmul")
+    shapes = tmp_path / "shapes.txt"
+    shapes.write_text("# M x N x K\n1x64x172\n\n3x33x64  # a remark\n")
+    output = call(folder / "bench_binary_matmul", "--file", shapes, "--seconds", "0.01", "--megabytes", "0.1")
+    results = json.loads(output.splitlines()[-1])["results"]
+    assert {(r["m"], r["n"], r["k"]) for r in results} == {(1, 64, 172), (3, 33, 64)}
+    assert all(r["gmacs_per_second"] > 0 for r in results)
+
+
+def test_neon_kernel_equals_the_scalar_one_under_emulation(tmp_path: Path) -> None:
+    """The native tests compare every kernel with the scalar one, bit for bit at the int8 level."""
+    missing = [name for name in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(name) is None]
+    if missing:
+        assert os.environ.get("FBIEDGE_REQUIRE_QEMU") != "1", f"FBIEDGE_REQUIRE_QEMU=1, but there is no {missing}"
+        pytest.skip(f"no {' or '.join(missing)} (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)")
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={SOURCE}/cmake/aarch64-linux-gnu.cmake"
+    program = build(tmp_path, toolchain, target="test_binary_matmul") / "test_binary_matmul"
+    emulator = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+    with_dotprod = call(*emulator, program)
+    assert "kernels: neon scalar\n" in with_dotprod and ", 0 failed" in with_dotprod
+    without = call(*emulator, "-cpu", "cortex-a53", program)  # an older core: must fall back, not crash
+    assert "kernels: scalar\n" in without and ", 0 failed" in without
