@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fbiedge.exporters.onnx import export_onnx
-
 from fbiedge.initialize import byte_tokenizer
 from fbiedge.weights import open_checkpoint, write_checkpoint
 

@@ -1,0 +1,332 @@
+"""A session against the numpy reference, however its tokens are cut into runs, and the files it must refuse."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support.tiny_model import tiny_model
+
+from fbiedge import session as session_module
+from fbiedge.errors import ModelFileError, UsageError
+from fbiedge.model_file import ModelFile
+from fbiedge.reference import Reference
+from fbiedge.session import CHUNK, Session
+from fbiedge.weights import open_checkpoint
+
+IDS = np.random.default_rng(0).integers(3, 259, 40).tolist()
+ROUNDING = {"rtol": 1e-4, "atol": 5e-4}  # float32 sums in another order; logits are of size 1 to 10
+
+
+@pytest.fixture(scope="module")
+def expected(plain_model: Path) -> np.ndarray:
+    """Logits [40, 259] of IDS by the reference."""
+    return Reference(open_checkpoint(plain_model.parent / "checkpoint")).logits(IDS)
+
+
+@pytest.fixture
+def session(plain_model: Path, engine: str) -> Session:
+    return Session.open(plain_model, threads=1)
+
+
+def test_logits_are_the_references(session: Session, expected: np.ndarray, engine: str) -> None:
+    assert (session.isa is None) == (session.fallback_reason is not None) == (engine == "fallback")
+    np.testing.assert_allclose(session.all_logits(IDS), expected, **ROUNDING)
+    assert session.position == len(IDS)
+
+
+def test_a_token_at_a_time_gives_the_same(session: Session, expected: np.ndarray) -> None:
+    for position, token in enumerate(IDS):
+        np.testing.assert_allclose(session.forward([token]), expected[position], **ROUNDING)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 39, 40])
+def test_prefill_in_chunks_gives_the_same(
+    session: Session, expected: np.ndarray, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "CHUNK", chunk)
+    np.testing.assert_allclose(session.forward(IDS), expected[-1], **ROUNDING)
+    session.truncate(0)
+    np.testing.assert_allclose(session.all_logits(IDS), expected, **ROUNDING)
+
+
+def test_runs_of_any_length_alternate(session: Session, expected: np.ndarray) -> None:
+    at = 0
+    for length in (1, 5, 1, 1, 9, 2, 1, 20):
+        np.testing.assert_allclose(session.forward(IDS[at : at + length]), expected[at + length - 1], **ROUNDING)
+        at += length
+    assert session.tokens == tuple(IDS)
+
+
+def test_what_was_truncated_leaves_no_trace(session: Session, expected: np.ndarray) -> None:
+    session.forward(IDS[:10])
+    session.forward([7] * 30)
+    session.truncate(10)
+    np.testing.assert_allclose(session.all_logits(IDS[10:]), expected[10:], **ROUNDING)
+    with pytest.raises(UsageError, match="holds 40"):
+        session.truncate(41)
+
+
+def test_earlier_logits_survive_the_next_run(session: Session) -> None:
+    first = session.forward(IDS[:3])
+    kept = first.copy()
+    session.forward(IDS[3:])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_reuse_keeps_the_common_beginning(session: Session, expected: np.ndarray) -> None:
+    assert session.reuse(IDS) == 0
+    session.forward(IDS[:20])
+    assert session.reuse([*IDS[:12], 0, 0]) == 12
+    assert session.position == 12
+    assert session.reuse(IDS) == 12
+    np.testing.assert_allclose(session.forward(IDS[12:]), expected[-1], **ROUNDING)
+    # The same prompt again: its last token must run, because nobody kept its logits.
+    assert session.reuse(IDS) == len(IDS) - 1
+    np.testing.assert_allclose(session.forward(IDS[-1:]), expected[-1], **ROUNDING)
+
+
+def test_the_cache_is_written_in_place(session: Session) -> None:
+    addresses = [buffer.ctypes.data for buffer in session._kv_cache]
+    session.forward(IDS[:5])
+    written = [buffer.copy() for buffer in session._kv_cache]
+    session.forward(IDS[5:6])
+    for before, now in zip(written, session._kv_cache, strict=True):
+        np.testing.assert_array_equal(now[:, :, :5], before[:, :, :5])
+        assert np.abs(now[:, :, :6]).min(axis=-1).max() > 0  # all six rows are there
+        np.testing.assert_array_equal(now[:, :, 6:], 0)  # and none beyond
+    assert [buffer.ctypes.data for buffer in session._kv_cache] == addresses
+    assert all(address % 64 == 0 for address in addresses)
+
+
+def test_the_context_ends_where_it_says(plain_model: Path, engine: str) -> None:
+    session = Session.open(plain_model, threads=1, context=8)
+    with pytest.raises(UsageError, match="prompt of 9 tokens is longer than the context of 8"):
+        session.forward(IDS[:9])
+    assert session.position == 0
+    session.forward(IDS[:8])
+    with pytest.raises(UsageError, match="1 tokens after 8 in the cache is longer than the context of 8"):
+        session.forward([1])
+    assert session.position == 8
+
+
+def test_a_context_cut_short_computes_the_same(plain_model: Path, expected: np.ndarray, engine: str) -> None:
+    np.testing.assert_allclose(Session.open(plain_model, context=40).all_logits(IDS), expected, **ROUNDING)
+
+
+def test_longer_prompts_than_a_chunk(chat_model: Path, engine: str) -> None:
+    ids = np.random.default_rng(1).integers(3, 259, 2 * CHUNK + 17).tolist()
+    expected = Reference(open_checkpoint(chat_model.parent / "checkpoint")).logits(ids)
+    np.testing.assert_allclose(Session.open(chat_model).all_logits(ids), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(plain_model: Path, expected: np.ndarray, threads: int, engine: str) -> None:
+    np.testing.assert_allclose(Session.open(plain_model, threads=threads).all_logits(IDS), expected, **ROUNDING)
+
+
+def test_two_sessions_of_one_file_are_independent(plain_model: Path, expected: np.ndarray, engine: str) -> None:
+    one, other = Session.open(plain_model, threads=1), Session.open(plain_model, threads=1)
+    one.forward(IDS[:7])
+    other.forward([9] * 20)
+    np.testing.assert_allclose(one.forward(IDS[7:]), expected[-1], **ROUNDING)
+
+
+def test_external_data(external_model: Path, engine: str) -> None:
+    expected = Reference(open_checkpoint(external_model.parent / "checkpoint")).logits(IDS)
+    np.testing.assert_allclose(Session.open(external_model).all_logits(IDS), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("pattern", ["row", "single", "block", "none"])
+def test_every_scale_form(pattern: str, tmp_path: Path, engine: str) -> None:
+    path = tiny_model(tmp_path, pattern=pattern, export={"block_scales": "fp32"})
+    expected = Reference(open_checkpoint(tmp_path / "checkpoint")).logits(IDS)
+    np.testing.assert_allclose(Session.open(path).all_logits(IDS), expected, **ROUNDING)
+
+
+def test_the_accuracy_level_can_be_chosen(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, export={"accuracy_level": "int8"})
+    reference = Reference(open_checkpoint(tmp_path / "checkpoint")).logits(IDS)
+    as_stored, exact = Session.open(path), Session.open(path, accuracy_level="fp32")
+    assert (as_stored.accuracy_level, exact.accuracy_level) == ("int8", "fp32")
+    np.testing.assert_allclose(exact.all_logits(IDS), reference, **ROUNDING)
+    error = np.sqrt(np.mean((as_stored.all_logits(IDS) - reference) ** 2)) / reference.std()
+    assert 0.01 < error < 0.2  # activations of 8 bits round, and random weights pass all of it on
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 0}, "context is 0, expected a number from 1 to 64"),
+        ({"context": 65}, "context is 65, expected a number from 1 to 64"),
+        ({"threads": 0}, "threads is 0"),
+        ({"accuracy_level": "int4"}, "accuracy level is 'int4', expected one of int8, fp32"),
+    ],
+)
+def test_options_out_of_range(plain_model: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Session.open(plain_model, **options)
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [259]])
+def test_ids_out_of_range(session: Session, ids: list[int]) -> None:
+    with pytest.raises(UsageError):
+        session.forward(ids)
+    assert session.position == 0
+
+
+# Files that are no model of ours. One line each, and never ONNX Runtime's own words for what can be said better.
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="does not exist"):
+        Session.open(tmp_path / "no.onnx")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"Hello, this is a text.", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(50), b"GGUF\x03\0\0\0", bytes(64),
+     b"\x7fELF" + bytes(80), b'{"a": 1}', b"\x08\x0a", b"\x0a\xff\xff\xff\xff\x0f" + b"x" * 20],
+)  # fmt: skip
+def test_a_file_that_is_not_onnx(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match="is not an ONNX file"):
+        Session.open(path)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ModelFileError, match="is empty"):
+        Session.open(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file(plain_model: Path, tmp_path: Path, share: float) -> None:
+    data = plain_model.read_bytes()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ModelFileError, match="is cut short: .* bytes, expected at least"):
+        Session.open(path)
+
+
+def test_every_truncation_is_one_error(tmp_path: Path, plain_model: Path) -> None:
+    """Cut anywhere in the head and the tail of the file, where the structure is."""
+    data = plain_model.read_bytes()
+    path = tmp_path / "model.onnx"
+    for length in [*range(1, 60), *range(len(data) - 400, len(data))]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ModelFileError) as caught:
+            ModelFile.open(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_onnx_that_is_not_ours(plain_model: Path, tmp_path: Path) -> None:
+    model = onnx.load(plain_model)
+    del model.metadata_props[:]
+    path = tmp_path / "other.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ModelFileError, match="not one of fbiedge's"):
+        Session.open(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("fbiedge.format_version", "2", "format version 2, this fbiedge reads 1"),
+        ("fbiedge.config", "{", "unusable fbiedge.config"),
+        ("fbiedge.config", "[]", "unusable fbiedge.config"),
+        ("fbiedge.config", '{"hidden_size": 5}', "unusable fbiedge.config"),
+    ],
+)
+def test_metadata_that_can_not_be_used(plain_model: Path, tmp_path: Path, key: str, value: str, message: str) -> None:
+    model = onnx.load(plain_model)
+    for entry in model.metadata_props:
+        if entry.key == key:
+            entry.value = value
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ModelFileError, match=message):
+        Session.open(path)
+
+
+def test_a_graph_that_onnx_runtime_refuses(plain_model: Path, tmp_path: Path) -> None:
+    model = onnx.load(plain_model)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ModelFileError, match="can't open .*NoSuchOperator") as caught:
+        Session.open(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders(tmp_path: Path, plain_model: Path) -> None:
+    with pytest.raises(ModelFileError, match="is a checkpoint; export it first"):
+        Session.open(plain_model.parent / "checkpoint")
+    with pytest.raises(ModelFileError, match="without a model.onnx"):
+        Session.open(tmp_path)
+    assert Session.open(plain_model.parent).model.path == plain_model
+
+
+def test_external_data_missing_or_cut_short(external_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / external_model.name
+    shutil.copy(external_model, path)
+    with pytest.raises(ModelFileError, match=r"model.onnx.data does not exist; model.onnx keeps its weights there"):
+        Session.open(path)
+    data = external_model.with_name("model.onnx.data").read_bytes()
+    path.with_name("model.onnx.data").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelFileError, match=f"cut short: {len(data) // 2} bytes, expected at least {len(data)}"):
+        Session.open(path)
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret.data"])
+def test_external_data_outside_the_folder_is_refused(external_model: Path, tmp_path: Path, location: str) -> None:
+    model = onnx.load(external_model, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelFileError, match=re.escape(location)):
+        Session.open(path)
+
+
+# The op library: what is wrong with it is said once, and the model runs all the same.
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "foreign"])
+def test_an_op_library_that_can_not_be_loaded(
+    kind: str, plain_model: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libfbiedge_ops.so"
+    if kind == "text":
+        library.write_text("no library")
+    elif kind == "foreign":
+        import onnxruntime
+
+        shutil.copy(
+            next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime_providers_shared*")), library
+        )
+    monkeypatch.setenv("FBIEDGE_OPS_LIBRARY", str(library))
+    session = Session.open(plain_model)
+    assert session.isa is None
+    assert session.fallback_reason and str(library) in session.fallback_reason and "\n" not in session.fallback_reason
+    np.testing.assert_allclose(session.all_logits(IDS), expected, **ROUNDING)
+
+
+def test_an_isa_forced_but_unknown_is_not_ignored(plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FBIEDGE_ISA", "pdp11")
+    with pytest.raises(UsageError, match="FBIEDGE_ISA is 'pdp11', this machine can run .*scalar"):
+        Session.open(plain_model)
+
+
+def test_forcing_an_isa(plain_model: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FBIEDGE_ISA", "scalar")
+    session = Session.open(plain_model)
+    assert session.isa == "scalar"
+    np.testing.assert_allclose(session.all_logits(IDS), expected, **ROUNDING)
