@@ -14,6 +14,7 @@ from support.tiny_model import tiny_model
 from fbiedge import session as session_module
 from fbiedge.errors import ModelFileError, UsageError
 from fbiedge.model_file import ModelFile
+from fbiedge.ops_library import available_isas
 from fbiedge.reference import Reference
 from fbiedge.session import CHUNK, Session
 from fbiedge.weights import open_checkpoint
@@ -330,3 +331,18 @@ def test_forcing_an_isa(plain_model: Path, expected: np.ndarray, monkeypatch: py
     session = Session.open(plain_model)
     assert session.isa == "scalar"
     np.testing.assert_allclose(session.all_logits(IDS), expected, **ROUNDING)
+
+
+def test_the_int8_level_is_the_same_on_every_isa_and_thread_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model(tmp_path, export={"accuracy_level": "int8", "head": "int8"})
+    expected = None
+    for isa in available_isas():
+        monkeypatch.setenv("FBIEDGE_ISA", isa)
+        for threads in (1, 2):
+            session = Session.open(path, threads=threads)
+            assert session.isa == isa
+            logits = [*session.all_logits(IDS[:30]), *(session.forward([token]) for token in IDS[30:])]
+            expected = logits if expected is None else expected
+            np.testing.assert_array_equal(logits, expected)
