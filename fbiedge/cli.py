@@ -268,10 +268,10 @@ def _extra(name: str) -> Iterator[None]:
 
 def run(arguments: list[str]) -> int:
     """Run the command line -> the exit code: 0, 2 for an error that was explained in one line, 130 for Ctrl-C."""
-    from . import terminal
-
-    terminal.prepare_streams()
     try:
+        from . import terminal  # in here, because Ctrl-C may come as early as this
+
+        terminal.prepare_streams()
         code = app(arguments, prog_name="fbiedge", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

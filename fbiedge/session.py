@@ -27,7 +27,7 @@ from .errors import ModelFileError, OpLibraryError, UsageError
 from .model_file import ModelFile
 
 ACCURACY_LEVELS = ("int8", "fp32")
-CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy, and logits of 128 x 32,000 still fit a cache-poor device
+CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy; logits of 128 x 32,000 take 16 MB
 _SEVERITY_FATAL = 4  # ONNX Runtime also prints what it raises; the exception is enough
 
 

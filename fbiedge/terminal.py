@@ -33,7 +33,7 @@ err = Console(stderr=True, highlight=False)
 # A model must not move the cursor or retitle the window: control characters other than tab and newline are dropped.
 _CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
 
-_HELP = "/reset starts a new conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
+_HELP = "/reset: new conversation · /exit or Ctrl-D: leave · Ctrl-C: stop an answer"
 
 
 def prepare_streams() -> None:

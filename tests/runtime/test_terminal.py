@@ -96,7 +96,7 @@ def test_a_chat_from_header_to_exit(endless_model: Path) -> None:
         terminal.expect("fbiedge \\d")
         terminal.expect("model +model.onnx, 2 layers")
         terminal.expect("engine +(\\S+ kernels|stock ops fallback), fp32 activations, 1 thread, context 4096")
-        terminal.expect("/exit or Ctrl-D leaves")
+        terminal.expect("/exit or Ctrl-D: leave")
         terminal.expect(PROMPT)
         terminal.send("Hello\n")
         terminal.expect(
@@ -116,7 +116,7 @@ def test_a_chat_from_header_to_exit(endless_model: Path) -> None:
         terminal.expect("there is no command /nonsense")
         terminal.expect(PROMPT)
         terminal.send("/help\n")
-        terminal.expect("/reset starts")
+        terminal.expect("/reset: new")
         terminal.expect(PROMPT)
         terminal.send("/exit\n")
         assert terminal.process.wait(20) == 0
@@ -145,7 +145,7 @@ def test_ctrl_c_after_some_text_drops_the_text(terminal: Terminal) -> None:
     terminal.interrupt()
     terminal.expect(PROMPT)
     terminal.send("/help\n")
-    terminal.expect("/reset starts")  # and so not "not this/help"
+    terminal.expect("/reset: new")  # and so not "not this/help"
     terminal.expect(PROMPT)
     terminal.interrupt()
     assert terminal.process.wait(20) == 0
