@@ -65,8 +65,8 @@ void finish(const MultiplyArgs& a, size_t token, size_t tile, size_t half, __m25
     _mm256_storeu_ps(a.y + token * a.y_stride + out, total_f32x8);
 }
 
-// Brings in the same place of the tile that comes next, where the hardware prefetcher would start anew. A prefetch past
-// the end does nothing.
+// Brings in what is needed two tiles on: the hardware prefetcher restarts with every tile. A prefetch past the end does
+// nothing.
 void prefetch(const uint8_t* bits) { _mm_prefetch(reinterpret_cast<const char*>(bits), _MM_HINT_T1); }
 
 __m256i load_half(const uint8_t* tile, size_t half) {
@@ -169,8 +169,8 @@ __m256 add_group(const MultiplyArgs& a, size_t tile, size_t half, size_t group, 
     return _mm256_add_ps(total_f32x8, value_f32x8);
 }
 
-void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile) {
-    const Int8Token token = int8_token(a, layout, 0);
+void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t token_index) {
+    const Int8Token token = int8_token(a, layout, token_index);
     const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
     __m256 total_f32x8[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (size_t group = 0; group < layout.groups; ++group) {
@@ -205,8 +205,10 @@ void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile
                                        token.scales[group], token.sums[group]);
         }
     }
-    for (int h = 0; h < 2; ++h) finish(a, 0, tile, h, total_f32x8[h]);
+    for (int h = 0; h < 2; ++h) finish(a, token_index, tile, h, total_f32x8[h]);
 }
+
+constexpr size_t kBlockTokens = 4;  // 4 tokens x 2 halves = 8 accumulators of 16 registers
 
 // One tile's state over all tokens, for one group after the other.
 struct GemmState {
@@ -228,25 +230,24 @@ void expand_planes(const MultiplyArgs& a, size_t tile, size_t first_k_tile, size
     }
 }
 
-template <int kTokens>
-void tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t group, size_t n_planes,
-                 size_t first_token, GemmState& state) {
+void block_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t group, size_t n_planes,
+                size_t first_token, GemmState& state) {
     const uint8_t* quads = a.tokens + first_token * a.token_stride_in_bytes + layout.q_at + group * kGroupInputs;
-    __m256i acc_i16x16[2][kTokens];
+    __m256i acc_i16x16[2][kBlockTokens];
     for (int h = 0; h < 2; ++h) {
-        for (int t = 0; t < kTokens; ++t) acc_i16x16[h][t] = _mm256_setzero_si256();
+        for (size_t t = 0; t < kBlockTokens; ++t) acc_i16x16[h][t] = _mm256_setzero_si256();
     }
     for (size_t p = 0; p < n_planes; ++p) {
         const __m256i low_u8x32 = _mm256_load_si256(reinterpret_cast<const __m256i*>(state.planes[p][0]));
         const __m256i high_u8x32 = _mm256_load_si256(reinterpret_cast<const __m256i*>(state.planes[p][1]));
-        for (int t = 0; t < kTokens; ++t) {
+        for (size_t t = 0; t < kBlockTokens; ++t) {
             const int32_t* token_quads = reinterpret_cast<const int32_t*>(quads + t * a.token_stride_in_bytes);
             const __m256i q_i8x32 = _mm256_set1_epi32(token_quads[p]);
             acc_i16x16[0][t] = _mm256_add_epi16(acc_i16x16[0][t], _mm256_maddubs_epi16(low_u8x32, q_i8x32));
             acc_i16x16[1][t] = _mm256_add_epi16(acc_i16x16[1][t], _mm256_maddubs_epi16(high_u8x32, q_i8x32));
         }
     }
-    for (int t = 0; t < kTokens; ++t) {
+    for (size_t t = 0; t < kBlockTokens; ++t) {
         const Int8Token token = int8_token(a, layout, first_token + t);
         for (int h = 0; h < 2; ++h) {
             float* totals = state.totals[first_token + t][h];
@@ -257,29 +258,27 @@ void tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, s
     }
 }
 
-void many_tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, GemmState& state) {
+void many_tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t n_tokens, GemmState& state) {
     for (size_t group = 0; group < layout.groups; ++group) {
         const size_t first_k_tile = group * kGroupTiles, k_tiles = min_size(a.k_tiles - first_k_tile, kGroupTiles);
         const size_t n_planes = k_tiles * kQuadsPerTile;
         expand_planes(a, tile, first_k_tile, k_tiles, state);
-        size_t token = 0;
-        for (; token + 4 <= a.m; token += 4) tokens_int8<4>(a, layout, tile, group, n_planes, token, state);
-        for (; token < a.m; ++token) tokens_int8<1>(a, layout, tile, group, n_planes, token, state);
+        for (size_t token = 0; token < n_tokens; token += kBlockTokens) {
+            block_int8(a, layout, tile, group, n_planes, token, state);
+        }
     }
-    for (size_t token = 0; token < a.m; ++token) {
+    for (size_t token = 0; token < n_tokens; ++token) {
         for (int h = 0; h < 2; ++h) finish(a, token, tile, h, _mm256_load_ps(state.totals[token][h]));
     }
 }
 
 void binary_matmul_int8_avx2(const MultiplyArgs& a) {
     const Int8Layout layout = int8_layout(a.k);
+    const size_t in_blocks = a.m / kBlockTokens * kBlockTokens;
     GemmState state;
     for (size_t tile = 0; tile < a.n_tiles; ++tile) {
-        if (a.m == 1) {
-            one_token_int8(a, layout, tile);
-        } else {
-            many_tokens_int8(a, layout, tile, state);
-        }
+        if (in_blocks > 0) many_tokens_int8(a, layout, tile, in_blocks, state);
+        for (size_t token = in_blocks; token < a.m; ++token) one_token_int8(a, layout, tile, token);
     }
 }
 

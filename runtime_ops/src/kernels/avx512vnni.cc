@@ -5,7 +5,8 @@
 // lane r gathers (1 << b) * sum of q where the bit is 1. Activations are permuted to that order once a token. With
 // P = sum of q where the bit is 1 and S = sum of q, the group's result is the integer 2P - S.
 //   One token: planes b and 4 + b (of v >> 4) share an accumulator, which is divided by 1 << b at the group's end.
-//   More tokens: the planes of a group are expanded to bytes 0/1 once (4 KB for two tiles, stays in L1) and reused.
+//   More tokens: the planes of a group are expanded to bytes 0/2 once (4 KB for two tiles, stays in L1) and reused, and
+//   accumulators start at -S: they end as 2P - S.
 //
 // fp32. A row's sign bits of 4 inputs select one of the 16 sums +-x0 +-x1 +-x2 +-x3, tabulated once a token: vpermps
 // does 16 rows x 4 inputs at a time, and ignores the bits above the lowest 4, so a shift of v is all the unpacking
@@ -130,18 +131,17 @@ Int8Token int8_token(const MultiplyArgs& a, const Int8Layout& layout, size_t ind
             reinterpret_cast<const int32_t*>(token + layout.q_at)};
 }
 
-// total += d * (scale * float(2P - S)), every operation rounded on its own.
-__m512 add_group(const MultiplyArgs& a, size_t tile, size_t group, __m512 total_f32x16, __m512i positive_i32x16,
-                 float scale, int32_t sum) {
-    const __m512i value_i32x16 = _mm512_sub_epi32(_mm512_slli_epi32(positive_i32x16, 1), _mm512_set1_epi32(sum));
+// total += d * (scale * float(value)), every operation rounded on its own; value is 2P - S.
+__m512 add_group(const MultiplyArgs& a, size_t tile, size_t group, __m512 total_f32x16, __m512i value_i32x16,
+                 float scale) {
     __m512 value_f32x16 = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(value_i32x16));
     if (a.block_scales) value_f32x16 = _mm512_mul_ps(block_scales(a, tile, group), value_f32x16);
     return _mm512_add_ps(total_f32x16, value_f32x16);
 }
 
 template <int kTiles>
-void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile) {
-    const Int8Token token = int8_token(a, layout, 0);
+void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t token_index) {
+    const Int8Token token = int8_token(a, layout, token_index);
     const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
     const size_t tile_stride = a.k_tiles * kTileBytes;
     __m512 total_f32x16[kTiles];
@@ -172,12 +172,16 @@ void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile
             const __m512i low_i32x16 = _mm512_add_epi32(acc_i32x16[n][0], _mm512_srai_epi32(acc_i32x16[n][1], 1));
             const __m512i high_i32x16 =
                 _mm512_add_epi32(_mm512_srai_epi32(acc_i32x16[n][2], 2), _mm512_srai_epi32(acc_i32x16[n][3], 3));
-            total_f32x16[n] = add_group(a, tile + n, group, total_f32x16[n], _mm512_add_epi32(low_i32x16, high_i32x16),
-                                        token.scales[group], token.sums[group]);
+            const __m512i positive_i32x16 = _mm512_add_epi32(low_i32x16, high_i32x16);
+            const __m512i value_i32x16 =
+                _mm512_sub_epi32(_mm512_slli_epi32(positive_i32x16, 1), _mm512_set1_epi32(token.sums[group]));
+            total_f32x16[n] = add_group(a, tile + n, group, total_f32x16[n], value_i32x16, token.scales[group]);
         }
     }
-    for (int n = 0; n < kTiles; ++n) finish(a, 0, tile + n, total_f32x16[n]);
+    for (int n = 0; n < kTiles; ++n) finish(a, token_index, tile + n, total_f32x16[n]);
 }
+
+constexpr size_t kBlockTokens = 8;  // 8 tokens x 2 tiles = 16 accumulators
 
 // Two tiles' state over all tokens, for one group after the other.
 struct GemmState {
@@ -193,25 +197,28 @@ void expand_planes(const MultiplyArgs& a, size_t tile, size_t first_k_tile, size
             const __m512i v_u8x64 = _mm512_loadu_si512(bits + t * kTileBytes);
             for (int b = 0; b < 8; ++b) {
                 const __m512i plane_u8x64 = _mm512_and_si512(v_u8x64, _mm512_set1_epi8(static_cast<char>(1 << b)));
-                _mm512_store_si512(state.planes[n][t * kQuadsPerTile + b], _mm512_srli_epi16(plane_u8x64, b));
+                const __m512i byte_0_2_u8x64 =
+                    b == 0 ? _mm512_slli_epi16(plane_u8x64, 1) : _mm512_srli_epi16(plane_u8x64, b - 1);
+                _mm512_store_si512(state.planes[n][t * kQuadsPerTile + b], byte_0_2_u8x64);
             }
         }
     }
 }
 
-template <int kTiles, int kTokens>
-void tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t group, size_t n_planes,
-                 size_t first_token, GemmState& state) {
+template <int kTiles>
+void block_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t group, size_t n_planes,
+                size_t first_token, GemmState& state) {
     const uint8_t* tokens = a.tokens + first_token * a.token_stride_in_bytes;
     const uint8_t* quads = tokens + layout.q_at + group * kGroupInputs;
-    __m512i acc_i32x16[kTiles][kTokens];
-    for (int n = 0; n < kTiles; ++n) {
-        for (int t = 0; t < kTokens; ++t) acc_i32x16[n][t] = _mm512_setzero_si512();
+    __m512i acc_i32x16[kTiles][kBlockTokens];  // starts at -S and gathers 2P
+    for (size_t t = 0; t < kBlockTokens; ++t) {
+        const int32_t sum = int8_token(a, layout, first_token + t).sums[group];
+        for (int n = 0; n < kTiles; ++n) acc_i32x16[n][t] = _mm512_set1_epi32(-sum);
     }
     for (size_t p = 0; p < n_planes; ++p) {
         __m512i plane_u8x64[kTiles];
         for (int n = 0; n < kTiles; ++n) plane_u8x64[n] = _mm512_load_si512(state.planes[n][p]);
-        for (int t = 0; t < kTokens; ++t) {
+        for (size_t t = 0; t < kBlockTokens; ++t) {
             const int32_t* token_quads = reinterpret_cast<const int32_t*>(quads + t * a.token_stride_in_bytes);
             const __m512i q_i8x64 = _mm512_set1_epi32(token_quads[p]);
             for (int n = 0; n < kTiles; ++n) {
@@ -219,45 +226,45 @@ void tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, s
             }
         }
     }
-    for (int t = 0; t < kTokens; ++t) {
+    for (size_t t = 0; t < kBlockTokens; ++t) {
         const Int8Token token = int8_token(a, layout, first_token + t);
         for (int n = 0; n < kTiles; ++n) {
             float* totals = state.totals[first_token + t][n];
             const __m512 total_f32x16 = group == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals);
-            _mm512_store_ps(totals, add_group(a, tile + n, group, total_f32x16, acc_i32x16[n][t], token.scales[group],
-                                              token.sums[group]));
+            _mm512_store_ps(totals, add_group(a, tile + n, group, total_f32x16, acc_i32x16[n][t], token.scales[group]));
         }
     }
 }
 
 template <int kTiles>
-void many_tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, GemmState& state) {
+void many_tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t n_tokens, GemmState& state) {
     for (size_t group = 0; group < layout.groups; ++group) {
         const size_t first_k_tile = group * kGroupTiles, k_tiles = min_size(a.k_tiles - first_k_tile, kGroupTiles);
         const size_t n_planes = k_tiles * kQuadsPerTile;
         expand_planes<kTiles>(a, tile, first_k_tile, k_tiles, state);
-        size_t token = 0;
-        for (; token + 8 <= a.m; token += 8) tokens_int8<kTiles, 8>(a, layout, tile, group, n_planes, token, state);
-        for (; token + 4 <= a.m; token += 4) tokens_int8<kTiles, 4>(a, layout, tile, group, n_planes, token, state);
-        for (; token + 2 <= a.m; token += 2) tokens_int8<kTiles, 2>(a, layout, tile, group, n_planes, token, state);
-        for (; token < a.m; ++token) tokens_int8<kTiles, 1>(a, layout, tile, group, n_planes, token, state);
+        for (size_t token = 0; token < n_tokens; token += kBlockTokens) {
+            block_int8<kTiles>(a, layout, tile, group, n_planes, token, state);
+        }
     }
-    for (size_t token = 0; token < a.m; ++token) {
+    for (size_t token = 0; token < n_tokens; ++token) {
         for (int n = 0; n < kTiles; ++n) finish(a, token, tile + n, _mm512_load_ps(state.totals[token][n]));
     }
 }
 
+// Whole blocks of tokens share expanded planes; below 8 tokens, expanding costs more than it saves.
+template <int kTiles>
+void tiles_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, GemmState& state) {
+    const size_t in_blocks = a.m / kBlockTokens * kBlockTokens;
+    if (in_blocks > 0) many_tokens_int8<kTiles>(a, layout, tile, in_blocks, state);
+    for (size_t token = in_blocks; token < a.m; ++token) one_token_int8<kTiles>(a, layout, tile, token);
+}
+
 void binary_matmul_int8_avx512vnni(const MultiplyArgs& a) {
     const Int8Layout layout = int8_layout(a.k);
-    size_t tile = 0;
-    if (a.m == 1) {
-        for (; tile + 2 <= a.n_tiles; tile += 2) one_token_int8<2>(a, layout, tile);
-        for (; tile < a.n_tiles; ++tile) one_token_int8<1>(a, layout, tile);
-        return;
-    }
     GemmState state;
-    for (; tile + 2 <= a.n_tiles; tile += 2) many_tokens_int8<2>(a, layout, tile, state);
-    for (; tile < a.n_tiles; ++tile) many_tokens_int8<1>(a, layout, tile, state);
+    size_t tile = 0;
+    for (; tile + 2 <= a.n_tiles; tile += 2) tiles_int8<2>(a, layout, tile, state);
+    for (; tile < a.n_tiles; ++tile) tiles_int8<1>(a, layout, tile, state);
 }
 
 // --- fp32 level
