@@ -28,6 +28,9 @@ from .model_file import ModelFile
 
 ACCURACY_LEVELS = ("int8", "fp32")
 CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy; logits of 128 x 32,000 take 16 MB
+# Before 1.20, GroupQueryAttention computes a run of several tokens after a filled cache wrongly, and says nothing;
+# before 1.22, MatMulNBits can't run the int8 head (found by running 1.18.1, 1.20.1, 1.21.1, 1.22.1, 1.23.2 and 1.31.1).
+_OLDEST_ONNX_RUNTIME = (1, 22)
 _SEVERITY_FATAL = 4  # ONNX Runtime also prints what it raises; the exception is enough
 
 
@@ -76,6 +79,11 @@ class Session:
             raise UsageError(f"accuracy level is {accuracy_level!r}, expected one of {', '.join(ACCURACY_LEVELS)}")
         if threads is not None and not 1 <= threads <= 1024:
             raise UsageError(f"threads is {threads}, expected a number from 1 to 1024")
+        if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _OLDEST_ONNX_RUNTIME:
+            oldest = ".".join(map(str, _OLDEST_ONNX_RUNTIME))
+            raise UsageError(
+                f"ONNX Runtime is {ort.__version__}, expected {oldest} or later: pip install -U onnxruntime"
+            )
         model = ModelFile.open(path)
         longest = model.config.max_position_embeddings
         if context is not None and not 1 <= context <= longest:

@@ -173,6 +173,15 @@ def test_options_out_of_range(plain_model: Path, options: dict, message: str) ->
         Session.open(plain_model, **options)
 
 
+@pytest.mark.parametrize("version", ["1.18.1", "1.21.9"])
+def test_an_onnx_runtime_that_computes_wrongly(
+    plain_model: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with pytest.raises(UsageError, match=f"ONNX Runtime is {version}, expected 1.22 or later"):
+        Session.open(plain_model)
+
+
 @pytest.mark.parametrize("ids", [[], [-1], [259]])
 def test_ids_out_of_range(session: Session, ids: list[int]) -> None:
     with pytest.raises(UsageError):
