@@ -175,7 +175,9 @@ def init(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder in the form of FBI-LLM or Hugging Face")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="checkpoint folder (FBI-LLM's or Hugging Face's form), or a model.onnx of ours")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
     to: Annotated[str, typer.Option(help="format: onnx")] = "onnx",
     accuracy_level: Annotated[str, typer.Option(help="activations: int8 or fp32")] = "int8",
@@ -194,7 +196,8 @@ def export(
     text = _read_text(verify_text) if verify_text else None
     with _extra("export"):
         exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
-    weights = open_checkpoint(checkpoint)
+    # A model.onnx goes the same way again, to change its accuracy level or the form of its head.
+    weights = exporter.open_onnx(checkpoint) if checkpoint.suffix == ".onnx" else open_checkpoint(checkpoint)
     with terminal.progress_bar("exporting") as update:
         report = exporter.export_onnx(
             weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fbiedge.errors import UsageError
 
@@ -39,6 +39,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, special_tokens: t
             f"the texts gave {tokenizer.get_vocab_size()} pieces, {vocab_size} were asked for; "
             "give more text or a smaller vocabulary"
         )
+    # Every document began with <s> in training, so every prompt does; chat templates write it themselves.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, specials.index(BOS))]
+    )
     return tokenizer
 
 
@@ -49,6 +53,7 @@ def tokenizer_config(chat_template: str | None = None) -> dict[str, object]:
         "unk_token": UNK,
         "bos_token": BOS,
         "eos_token": EOS,
+        "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
     }
     if chat_template is not None:

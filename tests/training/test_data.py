@@ -44,6 +44,7 @@ def test_special_tokens_are_one_id_and_vocabulary_is_exact() -> None:
     assert tokenizer.get_vocab_size() == 280
     ids = tokenizer.encode("<|user|>hello<|end|>", add_special_tokens=False).ids
     assert ids[0] == tokenizer.token_to_id("<|user|>") == 3 and ids[-1] == tokenizer.token_to_id("<|end|>") == 4
+    assert tokenizer.encode("hello").ids[0] == 1  # <s>, as every document of a shard
     with pytest.raises(UsageError, match="gave .* pieces, 5000 were asked for"):
         train_tokenizer(documents, 5000)
     with pytest.raises(UsageError, match="too small"):
