@@ -32,6 +32,11 @@ def open_session(
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def ort_version() -> tuple[int, int]:
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def run(session: ort.InferenceSession, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(session.run(None, {"A": x})[0])
 
@@ -113,7 +118,10 @@ def test_any_number_of_leading_dimensions(lead: tuple[int, ...]) -> None:
 def test_shape_inference(a_shape: list[Any], y_shape: list[Any] | None) -> None:
     session = open_session(op_model(problem(1, 33, 64, "column"), a_shape=a_shape))
     got = session.get_outputs()[0].shape
-    assert got == y_shape or (y_shape is None and (not got or got[0] is None))
+    if y_shape is None or ort_version() < (1, 24):  # unknown: the library doesn't infer shapes there, see register.cc
+        assert not got or got[0] is None
+    else:
+        assert got == y_shape
 
 
 B = np.zeros((2, 2, 64), np.uint8)

@@ -101,7 +101,8 @@ void infer_shape(const OrtApi& api, OrtShapeInferContext* context) {
 
 }  // namespace
 
-BinaryMatMulOp::BinaryMatMulOp(const OrtApi& api_in, const KernelTable& kernels_in, const AccuracyLevel* override_in)
+BinaryMatMulOp::BinaryMatMulOp(const OrtApi& api_in, const KernelTable& kernels_in, const AccuracyLevel* override_in,
+                               bool infers_shapes)
     : OrtCustomOp{}, api(&api_in), kernels(&kernels_in), level_override(override_in) {
     version = kOrtApiVersion;
     GetName = [](const OrtCustomOp*) { return "BinaryMatMul"; };
@@ -130,6 +131,7 @@ BinaryMatMulOp::BinaryMatMulOp(const OrtApi& api_in, const KernelTable& kernels_
         return guarded(this_kernel.api, [&] { compute(this_kernel, context); });
     };
     KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    if (!infers_shapes) return;
     InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
         return guarded(*self(op).api, [&] { infer_shape(*self(op).api, context); });
     };

@@ -11,7 +11,8 @@ struct BinaryMatMulOp : OrtCustomOp {
     const KernelTable* kernels;
     const AccuracyLevel* level_override;  // null: each node's accuracy_level
 
-    BinaryMatMulOp(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override);
+    BinaryMatMulOp(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override,
+                   bool infers_shapes);
 };
 
 }  // namespace fbiedge

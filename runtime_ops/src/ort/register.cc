@@ -1,6 +1,6 @@
 // The entry point that ONNX Runtime calls when the library is added to a session's options.
 
-#include <cstring>
+#include <cstdlib>
 #include <list>
 #include <mutex>
 
@@ -26,7 +26,8 @@ struct Domain {
     OrtCustomOpDomain* handle;
 };
 
-OrtCustomOpDomain* domain_for(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override) {
+OrtCustomOpDomain* domain_for(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override,
+                              bool infers_shapes) {
     static std::mutex& mutex = *new std::mutex;
     static std::list<Domain>& domains = *new std::list<Domain>;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -34,7 +35,7 @@ OrtCustomOpDomain* domain_for(const OrtApi& api, const KernelTable& kernels, con
         const BinaryMatMulOp& op = domain.op;
         if (op.api == &api && op.kernels == &kernels && op.level_override == level_override) return domain.handle;
     }
-    domains.push_back({BinaryMatMulOp(api, kernels, level_override), nullptr});
+    domains.push_back({BinaryMatMulOp(api, kernels, level_override, infers_shapes), nullptr});
     Domain& domain = domains.back();
     try {
         check(api, api.CreateCustomOpDomain("fbiedge", &domain.handle));
@@ -44,6 +45,15 @@ OrtCustomOpDomain* domain_for(const OrtApi& api, const KernelTable& kernels, con
         throw;
     }
     return domain.handle;
+}
+
+// Before 1.24, ONNX Runtime crashes when an op that infers shapes has a node with an absent optional input followed by
+// a given one (bias without offsets). There the op goes without; only the planning of memory is the poorer for it.
+bool can_infer_shapes(const char* version) {
+    char* rest = nullptr;
+    const long major = std::strtol(version, &rest, 10);
+    const long minor = *rest == '.' ? std::strtol(rest + 1, nullptr, 10) : 0;
+    return major > 1 || (major == 1 && minor >= 24);
 }
 
 const AccuracyLevel* read_override(const OrtApi& api, const OrtSessionOptions* options) {
@@ -84,7 +94,8 @@ extern "C" FBIEDGE_EXPORT OrtStatus* FBIEDGE_ORT_CALL FBIEDGE_REGISTER_FUNCTION(
                       : nullptr;
     }
     return guarded(*api, [&] {
-        OrtCustomOpDomain* domain = domain_for(*api, choose_kernels(), read_override(*api, options));
+        OrtCustomOpDomain* domain = domain_for(*api, choose_kernels(), read_override(*api, options),
+                                               can_infer_shapes(api_base->GetVersionString()));
         check(*api, api->AddCustomOpDomain(options, domain));
     });
 }
