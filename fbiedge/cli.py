@@ -135,6 +135,39 @@ def inspect(
 
 
 @app.command()
+def bench(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of a prefill")] = 128,
+    gen_tokens: Annotated[int, typer.Option(help="tokens decoded at each depth")] = 64,
+    depth: Annotated[
+        str | None, typer.Option(help="tokens in the cache before decoding; default: 0,512,1024 as far as they fit")
+    ] = None,
+    threads: Annotated[str | None, typer.Option(help="thread counts; default: 1 and one for each core")] = None,
+    repetitions: Annotated[int, typer.Option(help="measurements of each configuration")] = 5,
+    accuracy_level: AccuracyLevel = None,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,
+) -> None:
+    """Measure speed, memory and load time, beside the machine's own speed of reading memory."""
+    from . import terminal
+    from .bench import BenchOptions, BenchReport
+    from .bench import bench as run
+
+    options = BenchOptions(
+        prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, depths=_numbers("depth", depth),
+        threads=_numbers("threads", threads), repetitions=repetitions, accuracy_level=accuracy_level,
+    )  # fmt: skip
+    with terminal.progress_bar("measuring") as update:
+        for event in run(model or _bundled_model(), options):
+            if isinstance(event, BenchReport):
+                report = event
+            else:
+                update(event.done, event.total)
+    terminal.print_bench(report)
+    if as_json:
+        terminal.print_text(json.dumps(report.to_dict()))
+
+
+@app.command()
 def library(isa: Annotated[bool, typer.Option("--isa", help="which kernels this machine can run")] = False) -> None:
     """Print the path of the op library, to register in any ONNX Runtime session."""
     from . import ops_library, terminal
@@ -249,6 +282,16 @@ def _generation_options(session: Any, max_tokens: int | None, stop: list[str] | 
         stop=tuple(stop or ()),
         sampling=SamplingOptions.from_generation_config(recommended, **sampling),
     )
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """`1,2` -> (1, 2)."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{option} is {text!r}, expected whole numbers with commas between, such as 1,2") from None
 
 
 def _read_text(path: Path) -> str:

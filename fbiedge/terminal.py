@@ -23,6 +23,7 @@ from .errors import FbiEdgeError, UsageError
 from .generate import GenerationStats, Piece
 
 if TYPE_CHECKING:
+    from .bench import BenchReport
     from .chat import Chat
     from .inspection import Inspection
     from .session import Session
@@ -282,6 +283,66 @@ def print_export(report: Any, loss: Any) -> None:
         f"checked against the numpy reference on {loss.note}: max logit error {loss.max_logit_error:.3g}, "
         f"KL divergence {loss.kl_divergence:.3g} nats, top-1 agreement {100 * loss.top1_agreement:.1f} %"
     )
+
+
+def print_bench(report: BenchReport) -> None:
+    """What `fbiedge bench` measured, as a table on stdout, and on what."""
+    machine = report.machine
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in (
+        "",
+        "threads",
+        "tok/s",
+        "spread",
+        "weights GB/s",
+        "of memory",
+        "peak RSS MB",
+        "load s",
+        "first token s",
+    ):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in report.measurements:
+        speed = row.tokens_per_second
+        table.add_row(
+            f"prefill {row.tokens}" if row.kind == "prefill" else f"decode {row.tokens} at depth {row.depth}",
+            str(row.threads),
+            _significant(speed.median),
+            f"{_significant(speed.minimum)}–{_significant(speed.maximum)}",
+            "–" if row.weights_gb_per_second is None else f"{row.weights_gb_per_second:.1f}",
+            "–" if row.share_of_bandwidth is None else f"{100 * row.share_of_bandwidth:.0f} %",
+            "–" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.0f}",
+            f"{row.load_seconds:.3f}",
+            f"{row.first_token_seconds:.3f}",
+        )
+    kernels = f"{report.isa} kernels" if report.isa else "stock ops fallback"
+    busy = "" if machine.load_average is None else f", load average {machine.load_average}"
+    lines = [
+        f"model    {report.model}, {kernels}, {report.accuracy_level} activations",
+        f"machine  {machine.cpu}, {machine.cores} cores{busy}",
+        f"with     {', '.join(f'{name} {version}' for name, version in machine.versions.items())}",
+        f"at       {machine.date}{f', commit {machine.commit}' if machine.commit else ''}",
+    ]
+    if report.fallback_reason:
+        lines.append(f"note     {report.fallback_reason}")
+    if report.weight_bytes_per_token is not None:
+        lines.append(
+            f"weights  {report.weight_bytes_per_token / 1e6:.1f} MB read by a decoded token; its KV cache comes on top"
+        )
+    for entry in report.bandwidth:
+        mapped = entry.mapped_file
+        file = (
+            f", the mapped model file {mapped.median:.1f} ({mapped.minimum:.1f}–{mapped.maximum:.1f})" if mapped else ""
+        )
+        memory = f"{entry.memory.median:.1f} GB/s ({entry.memory.minimum:.1f}–{entry.memory.maximum:.1f})"
+        lines.append(f"reading  {entry.threads} thread{'s' if entry.threads > 1 else ''}: memory {memory}{file}")
+    for line in lines:
+        print_text(line)
+    _print_table(table)
+
+
+def _significant(speed: float) -> str:
+    """tok/s with three digits, or all before the point."""
+    return f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}" if speed >= 10 else f"{speed:.2f}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,361 @@
+"""`fbiedge bench`: speed of prefill and decode, memory, load time, and how near decode comes to the memory's speed.
+
+Every configuration (threads × prefill or decode at a depth) is a process of its own, loaded once; then they take turns,
+A B C A B C …, so that a machine that gets slower or busier is so for all of them. Reported are medians, and the spread
+from the slowest to the fastest repetition. Nothing is sampled: `decode` feeds given tokens one by one.
+
+Weights read by a token = bits and scales of all layers, norms, head, and one row of the embedding and of each RoPE
+table, as stored in the file. The KV cache comes on top and is counted apart. Read bandwidth is that of a plain loop,
+`bitwise_or` over an array far larger than the caches: NumPy vectorises it and releases the GIL, and it reaches what a
+loop of 512-bit loads in C does (29.5 against 29.4 GB/s on one Zen 4 core). It runs between the configurations, over
+private memory, which Linux backs with huge pages, and over the mapped model file, whose pages are small as those of
+the weights are.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from . import errors
+from .config import ModelConfig
+from .cpu import default_threads
+from .errors import FbiEdgeError, UsageError
+from .inspection import Inspection, inspect
+from .machine import Machine, describe_machine, memory_bytes
+from .model_file import ModelFile
+
+DEFAULT_DEPTHS = (0, 512, 1024)
+_READ_BYTES = 256 << 20  # larger than any cache we know of but some servers'
+_READ_SECONDS = 0.05  # of one measurement: long beside starting threads, short beside the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure. Tokens are counts; `depths` are tokens in the cache when decoding begins.
+
+    depths: None takes those of 0, 512, 1024 that fit. threads: None takes 1 and one for each core.
+    """
+
+    prompt_tokens: int = 128
+    gen_tokens: int = 64
+    depths: tuple[int, ...] | None = None
+    threads: tuple[int, ...] | None = None
+    repetitions: int = 5
+    accuracy_level: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a number that can't be."""
+        for name, values, least in (
+            ("prompt-tokens", (self.prompt_tokens,), 1),
+            ("gen-tokens", (self.gen_tokens,), 1),
+            ("repetitions", (self.repetitions,), 1),
+            ("depth", (0,) if self.depths is None else self.depths, 0),
+            ("threads", (1,) if self.threads is None else self.threads, 1),
+        ):
+            if not values or min(values) < least or len(set(values)) < len(values):
+                given = ",".join(map(str, values))
+                raise UsageError(f"--{name} is {given!r}, expected whole numbers of at least {least}, none twice")
+
+    def for_context(self, context: int) -> BenchOptions:
+        """With all defaults filled in. Raises UsageError where something doesn't fit in `context` tokens."""
+        depths = self.depths
+        if depths is None:
+            depths = tuple(depth for depth in DEFAULT_DEPTHS if depth + self.gen_tokens <= context) or (0,)
+        if self.prompt_tokens > context:
+            raise UsageError(f"--prompt-tokens {self.prompt_tokens} is more than this model's context of {context}")
+        for depth in depths:
+            if depth + self.gen_tokens > context:
+                raise UsageError(
+                    f"--depth {depth} and --gen-tokens {self.gen_tokens} don't fit in this model's context of {context}"
+                )
+        threads = self.threads or tuple(sorted({1, default_threads()}))
+        return BenchOptions(**{**asdict(self), "depths": depths, "threads": threads})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median, slowest and fastest of some repetitions."""
+
+    median: float
+    minimum: float
+    maximum: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(median=median(values), minimum=min(values), maximum=max(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bandwidth:
+    """Plain reading by some threads, in GB/s."""
+
+    threads: int
+    memory: Spread
+    mapped_file: Spread | None  # None where the weights are not mapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One configuration."""
+
+    kind: str  # "prefill" or "decode"
+    threads: int
+    depth: int  # tokens in the cache at the start
+    tokens: int  # of one repetition
+    tokens_per_second: Spread
+    weights_gb_per_second: float | None  # decode on our kernels only: prefill is bound by arithmetic
+    share_of_bandwidth: float | None  # of plain reading of memory by as many threads
+    kv_cache_bytes: (
+        int  # of the tokens at the middle of a repetition: read by each decoded token, on top of the weights
+    )
+    peak_rss_bytes: int | None  # of a process that did only this, weights included
+    load_seconds: float  # opening the session, the file being in the page cache; Python's imports are not in it
+    first_token_seconds: float  # of one token on the fresh session: the weights are mapped in here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Progress."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """All that was measured in one run, and on what."""
+
+    model: str
+    config: ModelConfig
+    options: BenchOptions
+    isa: str | None  # None on the stock-ops fallback
+    accuracy_level: str
+    fallback_reason: str | None
+    weight_bytes_per_token: int | None  # None on the fallback, which reads other bytes than the file holds
+    bandwidth: tuple[Bandwidth, ...]
+    measurements: tuple[Measurement, ...]
+    machine: Machine
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def weight_bytes_per_token(inspection: Inspection) -> int:
+    """Bytes of the model file that decoding one token reads: everything but most rows of the tables."""
+    rows = {"embedding": inspection.config.vocab_size, "rope": inspection.config.max_position_embeddings}
+    return sum(group.bytes // rows.get(group.group, 1) for group in inspection.groups)
+
+
+def kv_cache_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of keys and values (float32) of `tokens` tokens."""
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+
+
+def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
+    """Measure the model at `path`; the last event is the report. Raises UsageError, ModelFileError and what a worker met."""
+    model = ModelFile.open(path)
+    options = options.for_context(model.config.max_position_embeddings)
+    machine = describe_machine()
+    depths, threads = options.depths or (), options.threads or ()
+    mapped = [model.path.parent / name for name in model.external_bytes]
+    plan = [
+        (count, kind, depth) for kind, depth in (("prefill", 0), *(("decode", d) for d in depths)) for count in threads
+    ]
+    total = len(plan) * (1 + options.repetitions)
+    for file in [model.path, *mapped]:
+        _bring_into_page_cache(file)
+    with ExitStack() as stack:
+        workers: list[Worker] = []
+        seconds: list[list[float]] = [[] for _ in plan]
+        for done, (count, kind, depth) in enumerate(plan):
+            yield Step(done=done, total=total)
+            tokens = options.prompt_tokens if kind == "prefill" else options.gen_tokens
+            workers.append(Worker(model.path, options.accuracy_level, count, depth, tokens))
+            stack.callback(workers[-1].close)
+        loop = ReadLoop(mapped)
+        speeds: dict[int, list[tuple[float, float | None]]] = {count: [] for count in threads}
+        for repetition in range(options.repetitions):
+            for index, (_, kind, _) in enumerate(plan):
+                yield Step(done=len(plan) * (1 + repetition) + index, total=total)
+                seconds[index].append(float(workers[index].ask(kind)["seconds"]))
+            for count in threads:
+                speeds[count].append((loop.memory(count), loop.mapped_file(count)))
+        peaks = [worker.ask("memory")["peak_rss_bytes"] for worker in workers]
+    bandwidth = {count: _bandwidth(count, samples) for count, samples in speeds.items()}
+    started = workers[0].started
+    weights = weight_bytes_per_token(inspect(model.path)) if started["isa"] else None
+    measurements = [
+        _measurement(model.config, options, *entry, worker.started, samples, peak, weights, bandwidth[entry[0]])
+        for entry, worker, samples, peak in zip(plan, workers, seconds, peaks, strict=True)
+    ]
+    yield BenchReport(
+        model=str(model.path),
+        config=model.config,
+        options=options,
+        isa=started["isa"],
+        accuracy_level=started["accuracy_level"],
+        fallback_reason=started["fallback_reason"],
+        weight_bytes_per_token=weights,
+        bandwidth=tuple(bandwidth.values()),
+        measurements=tuple(measurements),
+        machine=machine,
+    )
+
+
+def _measurement(
+    config: ModelConfig,
+    options: BenchOptions,
+    threads: int,
+    kind: str,
+    depth: int,
+    started: dict[str, Any],
+    seconds: Sequence[float],
+    peak: int | None,
+    weights: int | None,
+    bandwidth: Bandwidth,
+) -> Measurement:
+    tokens = options.prompt_tokens if kind == "prefill" else options.gen_tokens
+    speed = Spread.of([tokens / value for value in seconds])
+    gigabytes = weights * speed.median / 1e9 if weights is not None and kind == "decode" else None
+    return Measurement(
+        kind=kind,
+        threads=threads,
+        depth=depth,
+        tokens=tokens,
+        tokens_per_second=speed,
+        weights_gb_per_second=gigabytes,
+        share_of_bandwidth=None if gigabytes is None else gigabytes / bandwidth.memory.median,
+        kv_cache_bytes=kv_cache_bytes(config, depth + tokens // 2),
+        peak_rss_bytes=peak,
+        load_seconds=started["load_seconds"],
+        first_token_seconds=started["first_token_seconds"],
+    )
+
+
+def _bandwidth(threads: int, samples: Sequence[tuple[float, float | None]]) -> Bandwidth:
+    mapped = [speed for _, speed in samples if speed is not None]
+    return Bandwidth(
+        threads=threads,
+        memory=Spread.of([speed for speed, _ in samples]),
+        mapped_file=Spread.of(mapped) if mapped else None,
+    )
+
+
+class Worker:
+    """A process of fbiedge.bench_worker; `started` is what it said when the model was loaded and the cache filled.
+
+    Its errors are raised here as what they were; FbiEdgeError where it died.
+    """
+
+    def __init__(self, model: Path, accuracy_level: str | None, threads: int, depth: int, tokens: int) -> None:
+        self._name = f"the benchmark's process of {threads} threads at depth {depth}"
+        settings = {
+            "model": str(model), "accuracy_level": accuracy_level, "threads": threads, "depth": depth, "tokens": tokens,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "fbiedge.bench_worker", json.dumps(settings)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.started = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Let it do `command` -> its answer."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{command}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; reading says how
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise FbiEdgeError(f"{self._name} {how}; is there enough memory?")
+        answer = cast(dict[str, Any], json.loads(line))
+        if "error" in answer:
+            raise getattr(errors, answer["error"])(answer["message"])
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None and not pipe.closed:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass
+
+
+class ReadLoop:
+    """Reads memory, and mapped files, as fast as plain loads can. Speeds are GB/s."""
+
+    def __init__(self, files: Sequence[Path], size: int | None = None) -> None:
+        size = size or min(_READ_BYTES, (memory_bytes() or _READ_BYTES * 8) // 8)
+        self._memory = np.ones(size // 8, np.uint64)  # ones, because untouched zeros would all be one page
+        self._mapped = [array for file in files if len(array := _mapped_words(file))]
+
+    def memory(self, threads: int) -> float:
+        """Over private memory."""
+        return _read_speed([self._memory], threads)
+
+    def mapped_file(self, threads: int) -> float | None:
+        """Over the files; None where there are none."""
+        return _read_speed(self._mapped, threads) if self._mapped else None
+
+
+def _mapped_words(file: Path) -> npt.NDArray[np.uint64]:
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, np.uint64, count=len(mapped) // 8)
+
+
+def _read_speed(arrays: Sequence[npt.NDArray[np.uint64]], threads: int) -> float:
+    """Each thread reads its part of each array, several times over -> GB/s of all."""
+    parts = [[np.array_split(array, threads)[index] for array in arrays] for index in range(threads)]
+    size = sum(array.nbytes for array in arrays)
+
+    def read(part: list[npt.NDArray[np.uint64]], passes: int) -> None:
+        for _ in range(passes):
+            for words in part:
+                np.bitwise_or.reduce(words)
+
+    with ThreadPoolExecutor(threads) as pool:
+        seconds, passes = 0.0, 1
+        for warm in (True, False):
+            started = perf_counter()
+            list(pool.map(read, parts, [passes] * threads))
+            seconds = perf_counter() - started
+            if warm:  # starts the threads and maps the pages, and says how long a pass takes
+                passes = max(1, round(_READ_SECONDS / seconds))
+    return passes * size / seconds / 1e9
+
+
+def _bring_into_page_cache(file: Path) -> None:
+    with file.open("rb", buffering=0) as opened:
+        block = bytearray(1 << 20)
+        while opened.readinto(block):
+            pass
