@@ -7,13 +7,19 @@ NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -p
 DATA ?= ../shared/data
 RUNS ?= runs/default
 
-.PHONY: chat test check format model bench-ops clean
+.PHONY: chat test test-native-asan check format model bench-ops bench-peers clean
 
 chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
 	@$(BIN)/fbiedge chat
 
 test: $(VENV)/dev.stamp  ## every test
 	$(BIN)/pytest
+
+test-native-asan: $(VENV)/dev.stamp  ## the native tests under the address, undefined-behaviour and thread sanitizers
+	$(call native,asan,-DCMAKE_BUILD_TYPE=Debug -DFBIEDGE_SANITIZE=ON -DFBIEDGE_BUILD_BENCH=OFF)
+	$(BIN)/ctest --test-dir build/asan --output-on-failure
+	$(call native,tsan,-DCMAKE_BUILD_TYPE=Debug -DFBIEDGE_SANITIZE=thread -DFBIEDGE_BUILD_BENCH=OFF)
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure
 
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .
@@ -32,6 +38,10 @@ model: $(VENV)/dev.stamp  ## train the bundled model again from DATA (hours on t
 
 clean:
 	rm -rf $(VENV) build
+
+# $(call native,FOLDER,OPTIONS): build runtime_ops alone into build/FOLDER.
+native = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S runtime_ops -B build/$(1) $(2) >/dev/null \
+	&& $(BIN)/cmake --build build/$(1)
 
 # The editable install builds the op library; it is built again when a file of runtime_ops/ changes.
 $(VENV)/runtime.stamp: $(NATIVE) | $(BIN)/python

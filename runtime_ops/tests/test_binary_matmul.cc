@@ -248,6 +248,26 @@ void test_threads_do_not_change_the_result() {
     }
 }
 
+// First in main, so that the detection of the kernels runs on several threads at once.
+void test_the_c_api_on_several_threads_at_once() {
+    constexpr size_t kThreads = 4;
+    Problem problem(3, 40, 200, FBIEDGE_COLUMN, false, true, false);
+    std::vector<std::vector<float>> y(kThreads, std::vector<float>(problem.m * problem.n));
+    std::vector<int> status(kThreads, -1);
+    std::vector<std::thread> threads;
+    for (size_t i = 0; i < kThreads; ++i) {
+        threads.emplace_back([&, i] {
+            const char* isa = fbiedge_isa_name(static_cast<int>(i) % fbiedge_isa_count());
+            const fbiedge_matmul_args a = problem.args(isa, FBIEDGE_INT8, y[i].data());
+            status[i] = fbiedge_matmul(&a);
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (size_t i = 0; i < kThreads; ++i) {
+        expect(status[i] == FBIEDGE_OK && same_bits(y[i], y[0]), "threads disturb each other", std::to_string(i));
+    }
+}
+
 void test_pack() {
     const float weight[2 * 9] = {1, -1, 0, -0.0f, 2, -2, 3, -3, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     std::vector<uint8_t> tiles(fbiedge_packed_bytes(2, 9), 0xff);
@@ -292,6 +312,7 @@ void test_errors() {
 }  // namespace
 
 int main() {
+    test_the_c_api_on_several_threads_at_once();
     test_pack();
     test_errors();
     test_extreme_activations();
