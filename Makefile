@@ -21,6 +21,10 @@ test-native-asan: $(VENV)/dev.stamp  ## the native tests under the address, unde
 	$(call native,tsan,-DCMAKE_BUILD_TYPE=Debug -DFBIEDGE_SANITIZE=thread -DFBIEDGE_BUILD_BENCH=OFF)
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure
 
+bench-ops: $(VENV)/dev.stamp  ## the kernels against the machine's speed of reading and multiplying; last line JSON
+	$(call native,ops,-DCMAKE_BUILD_TYPE=Release -DFBIEDGE_BUILD_TESTS=OFF) >&2
+	@build/ops/bench_binary_matmul $(foreach shapes,$(wildcard runtime_ops/bench/shapes/*.txt),--file $(shapes))
+
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -8,7 +8,11 @@
 // GB/s counts packed weight bytes (N * K / 8), GMAC/s multiply-accumulates (M * N * K), both of the fastest of the
 // runs: on a shared machine the slower ones measure the neighbours. Each run takes another copy of the weights, so that
 // decode reads from memory as it does in a model: copies add up to --megabytes (128). The last line is JSON.
+// The limit of decode (M = 1) is what a plain loop reads from those same copies, just before and after; the limit of
+// more tokens at the int8 level is the throughput of the ISA's multiplying instruction (limits.h). fp32 has none here:
+// its kernels look sums up instead of multiplying.
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +23,7 @@
 #include <vector>
 
 #include "fbiedge_ops.h"
+#include "limits.h"
 
 namespace {
 
@@ -39,6 +44,10 @@ struct Result {
     int level;
     Shape shape;
     double seconds;
+    double limit;  // GB/s for M = 1, else GMAC/s; 0: none known
+    double share_of_limit() const {
+        return limit > 0 ? (shape.m == 1 ? gigabytes_per_second() : gmacs_per_second()) / limit : 0;
+    }
     double gigabytes_per_second() const { return double(shape.n) * double(shape.k) / 8e9 / seconds; }
     double gmacs_per_second() const { return double(shape.m) * double(shape.n) * double(shape.k) / 1e9 / seconds; }
 };
@@ -111,14 +120,17 @@ Options parse_options(int argc, char** argv) {
     return options;
 }
 
-Result measure(const char* isa, int level, const Shape& shape, const Options& options) {
+Result measure(const char* isa, int level, const Shape& shape, const Options& options, double peak) {
     std::mt19937 generator(1);
     std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
     const size_t bytes = fbiedge_packed_bytes(shape.n, shape.k);
     if (!bytes) fail("shape out of range");
     const size_t copies = shape.m > 1 ? 1 : static_cast<size_t>(options.megabytes * 1e6 / double(bytes)) + 1;
     std::vector<uint8_t> tiles(bytes * copies);
-    for (uint8_t& byte : tiles) byte = static_cast<uint8_t>(generator());
+    for (size_t at = 0; at < tiles.size(); at += sizeof(uint32_t)) {  // a matrix is a multiple of 64 bytes
+        const auto bits = static_cast<uint32_t>(generator());
+        std::memcpy(tiles.data() + at, &bits, sizeof bits);
+    }
     std::vector<float> a(shape.m * shape.k), y(shape.m * shape.n);
     for (float& value : a) value = uniform(generator);
     // Enough for every form: block scales are [ceil(N/16), ceil(K/128), 16].
@@ -136,7 +148,13 @@ Result measure(const char* isa, int level, const Shape& shape, const Options& op
     args.scales = scales.data();
     args.offsets = options.form == FBIEDGE_BLOCK ? nullptr : scales.data();
     args.y = y.data();
-    Result result = {isa, level, shape, 1e30};
+    Result result = {isa, level, shape, 1e30, 0};
+    const auto read_limit = [&] { return read_gigabytes_per_second(tiles.data(), tiles.size()); };
+    if (shape.m == 1) {
+        result.limit = read_limit();
+    } else if (level == FBIEDGE_INT8) {
+        result.limit = peak;
+    }
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
     for (size_t run = 0; run < 2 || std::chrono::duration<double>(Clock::now() - start).count() < options.seconds;
@@ -147,6 +165,7 @@ Result measure(const char* isa, int level, const Shape& shape, const Options& op
         const double seconds = std::chrono::duration<double>(Clock::now() - before).count();
         if (seconds < result.seconds) result.seconds = seconds;
     }
+    if (shape.m == 1) result.limit = std::max(result.limit, read_limit());
     return result;
 }
 
@@ -155,19 +174,25 @@ Result measure(const char* isa, int level, const Shape& shape, const Options& op
 int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
     std::vector<Result> results;
-    std::printf("%-12s %-5s %6s %6s %6s %12s %8s %9s\n", "kernel", "level", "M", "N", "K", "microseconds", "GB/s",
-                "GMAC/s");
+    std::printf("%-12s %-5s %6s %6s %6s %12s %8s %9s %13s %5s\n", "kernel", "level", "M", "N", "K", "microseconds",
+                "GB/s", "GMAC/s", "limit", "share");
     for (int i = 0; i < fbiedge_isa_count(); ++i) {
         const char* isa = fbiedge_isa_name(i);
         // scalar is the reference, two orders of magnitude slower: only on request
         if (options.isa.empty() ? std::strcmp(isa, "scalar") == 0 && fbiedge_isa_count() > 1 : options.isa != isa)
             continue;
+        const double peak = int8_peak_gmacs_per_second(isa);
         for (const int level : {FBIEDGE_INT8, FBIEDGE_FP32}) {
             if (!options.level.empty() && options.level != level_name(level)) continue;
             for (const Shape& shape : options.shapes) {
-                const Result r = measure(isa, level, shape, options);
-                std::printf("%-12s %-5s %6zu %6zu %6zu %12.1f %8.2f %9.1f\n", isa, level_name(level), shape.m, shape.n,
+                const Result r = measure(isa, level, shape, options, peak);
+                std::printf("%-12s %-5s %6zu %6zu %6zu %12.1f %8.2f %9.1f", isa, level_name(level), shape.m, shape.n,
                             shape.k, r.seconds * 1e6, r.gigabytes_per_second(), r.gmacs_per_second());
+                if (r.limit > 0) {
+                    std::printf(" %6.1f %6s %3.0f %%", r.limit, shape.m == 1 ? "GB/s" : "GMAC/s",
+                                100 * r.share_of_limit());
+                }
+                std::printf("\n");
                 std::fflush(stdout);
                 results.push_back(r);
             }
@@ -179,9 +204,9 @@ int main(int argc, char** argv) {
         const Result& r = results[i];
         std::printf(
             "%s{\"kernel\": \"%s\", \"level\": \"%s\", \"m\": %zu, \"n\": %zu, \"k\": %zu, \"seconds\": %.9f, "
-            "\"gigabytes_per_second\": %.3f, \"gmacs_per_second\": %.3f}",
+            "\"gigabytes_per_second\": %.3f, \"gmacs_per_second\": %.3f, \"limit\": %.3f, \"share_of_limit\": %.4f}",
             i ? ", " : "", r.isa.c_str(), level_name(r.level), r.shape.m, r.shape.n, r.shape.k, r.seconds,
-            r.gigabytes_per_second(), r.gmacs_per_second());
+            r.gigabytes_per_second(), r.gmacs_per_second(), r.limit, r.share_of_limit());
     }
     std::printf("]}\n");
     return 0;

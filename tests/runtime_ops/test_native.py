@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fbiedge.config import PRESETS
+
 SOURCE = Path(__file__).resolve().parents[2] / "runtime_ops"
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's cmake and ninja
 
@@ -66,6 +68,20 @@ def test_benchmark_ends_in_json(tmp_path: Path) -> None:
     results = json.loads(output.splitlines()[-1])["results"]
     assert {(r["m"], r["n"], r["k"]) for r in results} == {(1, 64, 172), (3, 33, 64)}
     assert all(r["gmacs_per_second"] > 0 for r in results)
+    for (
+        result
+    ) in results:  # decode is held against reading, int8 prefill against multiplying, fp32 prefill against nothing
+        speed = result["gigabytes_per_second" if result["m"] == 1 else "gmacs_per_second"]
+        has_limit = result["m"] == 1 or (result["level"] == "int8" and result["kernel"] != "scalar")
+        assert (result["limit"] > 0) == has_limit
+        assert not has_limit or result["share_of_limit"] == pytest.approx(speed / result["limit"], rel=0.05, abs=1e-3)
+
+
+def test_shapes_to_measure_are_those_of_the_presets() -> None:
+    for name in ("130m", "1.3b", "7b"):
+        lines = (SOURCE / "bench" / "shapes" / f"{name}.txt").read_text().splitlines()
+        shapes = {tuple(map(int, line.split()[0].split("x"))) for line in lines if not line.startswith("#")}
+        assert shapes == {(m, n, k) for m in (1, 128) for n, k in PRESETS[name].linear_shapes().values()}
 
 
 def test_neon_kernel_equals_the_scalar_one_under_emulation(tmp_path: Path) -> None:

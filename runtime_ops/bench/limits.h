@@ -1,0 +1,13 @@
+// What this machine could do at best, on one thread: the measures that the microbenchmark holds kernels against.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Bytes a second that a plain loop over `bytes` of memory reads, in GB/s: the fastest of a few passes.
+double read_gigabytes_per_second(const uint8_t* data, size_t bytes);
+
+// Multiply-accumulates a second, in GMAC/s, of the instruction that `isa` multiplies int8 with, on registers alone:
+//   avx512vnni  vpdpbusd, 64 at a time      avx2  vpmaddubsw and the vpaddw that gathers it, 32 at a time
+//   neon        sdot, 16 at a time          0 for any other: no such instruction
+double int8_peak_gmacs_per_second(const char* isa);
