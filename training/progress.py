@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fbiedge.files import atomic_file
 
 from .model import Llama
 from .run import RunPlan, execute_run
@@ -29,10 +32,11 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
     total = RunPlan.load(run).training.steps
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     report = None
-    with Progress(*columns, console=console) as progress, open(run / "metrics.jsonl", "a") as metrics:
+    with Progress(*columns, console=console) as progress, ExitStack() as files:
         task = None
         for report in execute_run(run, resume, announce):
             if task is None:
+                metrics = files.enter_context(open(_forget_from(run / "metrics.jsonl", report.step), "a"))
                 task = progress.add_task("training", total=total, completed=report.step - 1)
             progress.update(
                 task,
@@ -48,3 +52,18 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
                 metrics.write(json.dumps(asdict(report)) + "\n")
                 metrics.flush()
     return report
+
+
+def _forget_from(path: Path, step: int) -> Path:
+    """Drop what an interrupted run logged at `step` and after it, its torn last line included: it will be logged again."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] < step:
+            kept.append(line + "\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
+    return path

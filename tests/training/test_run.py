@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError
@@ -17,6 +18,7 @@ from fbiedge.reference import Reference
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model
 from fbiedge.training.config import TrainConfig
+from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.trainer import DivergedError
 from fbiedge.weights import open_checkpoint
@@ -95,6 +97,20 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(text: Path, teacher
     assert [r.loss for r in resumed] == straight[10:]
     tensors = [load_model(tmp_path / name / "model").state_dict() for name in ("straight", "killed")]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_metrics_of_steps_that_are_done_again_are_forgotten(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare_run(run, RunPlan(model=model_config("row"), training=training_config(steps=20), teacher=None), [text], [])
+    killed = execute_run(run)
+    for _ in range(15):
+        next(killed)
+    killed.close()
+    logged = [{"step": step, "loss": 9.0} for step in (5, 10, 15)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in logged) + '{"step": 15, "lo')
+    run_with_progress(run, resume=True, console=Console(quiet=True), log_every=5)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 10, 15, 20]
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
