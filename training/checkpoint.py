@@ -43,7 +43,10 @@ def load_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int
 
 def save_model(model: Llama, out: Path, files: Mapping[str, str]) -> None:
     """Write the official form; `files` are its sidecars (tokenizer.json, ...) by name."""
-    tensors = ((name, tensor.detach().float().cpu().numpy()) for name, tensor in model.state_dict().items())
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the embedding, stored once
+    tensors = ((name, tensor.detach().float().cpu().numpy()) for name, tensor in state.items())
     write_checkpoint(out, model.config, tensors, files)
 
 
@@ -54,5 +57,7 @@ def load_model(path: Path) -> Llama:
         model = Llama(weights.config)
     names = list(model.state_dict())
     model.load_state_dict({name: torch.from_numpy(weights.tensor(name)) for name in names}, assign=True)
+    if weights.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     model.cos, model.sin = rope_tables(weights.config)
     return model

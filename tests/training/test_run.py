@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,8 +17,9 @@ from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError
 from fbiedge.reference import Reference
 from fbiedge.training import cli
-from fbiedge.training.checkpoint import load_model
+from fbiedge.training.checkpoint import load_model, save_model
 from fbiedge.training.config import TrainConfig
+from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.trainer import DivergedError
@@ -162,6 +164,17 @@ def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pyte
 def test_unusable_options_are_named(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
     with pytest.raises(FbiEdgeError, match=message):
         cli.main([*(str(text) if a == "TEXT" else a for a in arguments), "-o", str(tmp_path / "run")])
+
+
+def test_a_tied_embedding_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
+    config = dataclasses.replace(model_config("column"), tie_word_embeddings=True)
+    model = Llama(config).initialize(seed=4)
+    save_model(model, tmp_path / "model", {})
+    loaded = load_model(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), model(ids))
 
 
 def test_a_damaged_state_is_refused(text: Path, tmp_path: Path) -> None:
