@@ -25,6 +25,16 @@ bench-ops: $(VENV)/dev.stamp  ## the kernels against the machine's speed of read
 	$(call native,ops,-DCMAKE_BUILD_TYPE=Release -DFBIEDGE_BUILD_TESTS=OFF) >&2
 	@build/ops/bench_binary_matmul $(foreach shapes,$(wildcard runtime_ops/bench/shapes/*.txt),--file $(shapes))
 
+# llama.cpp is built from source for this machine, which takes 10 minutes and more; its packages stay out of $(VENV).
+# `make bench-peers PEER_OPTIONS='--preset 1.3b'`; the script says what else there is.
+bench-peers: $(VENV)/dev.stamp .venv-peers/stamp  ## fbiedge beside stock ONNX Runtime and llama.cpp; last line JSON
+	@$(BIN)/python tests/benchmarks/peers.py --llama-python .venv-peers/bin/python $(PEER_OPTIONS)
+
+.venv-peers/stamp:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 gguf==0.19.0
+	@touch $@
+
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +51,7 @@ model: $(VENV)/dev.stamp  ## train the bundled model again from DATA (hours on t
 	$(BIN)/fbiedge export $(RUNS)/student/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) .venv-peers build
 
 # $(call native,FOLDER,OPTIONS): build runtime_ops alone into build/FOLDER.
 native = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S runtime_ops -B build/$(1) $(2) >/dev/null \

@@ -39,6 +39,7 @@ from .machine import Machine, describe_machine, memory_bytes
 from .model_file import ModelFile
 
 DEFAULT_DEPTHS = (0, 512, 1024)
+WORKER = (sys.executable, "-m", "fbiedge.bench_worker")
 _READ_BYTES = 256 << 20  # larger than any cache we know of but some servers'
 _READ_SECONDS = 0.05  # of one measurement: long beside starting threads, short beside the rest
 
@@ -186,7 +187,11 @@ def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
         for done, (count, kind, depth) in enumerate(plan):
             yield Step(done=done, total=total)
             tokens = options.prompt_tokens if kind == "prefill" else options.gen_tokens
-            workers.append(Worker(model.path, options.accuracy_level, count, depth, tokens))
+            settings = {
+                "model": str(model.path), "accuracy_level": options.accuracy_level,
+                "threads": count, "depth": depth, "tokens": tokens,
+            }  # fmt: skip
+            workers.append(Worker(settings))
             stack.callback(workers[-1].close)
         loop = ReadLoop(mapped)
         speeds: dict[int, list[tuple[float, float | None]]] = {count: [] for count in threads}
@@ -258,17 +263,15 @@ def _bandwidth(threads: int, samples: Sequence[tuple[float, float | None]]) -> B
 
 
 class Worker:
-    """A process of fbiedge.bench_worker; `started` is what it said when the model was loaded and the cache filled.
+    """A process of fbiedge.bench_worker, or of a program that answers as it does; `started` is its first answer.
 
     Its errors are raised here as what they were; FbiEdgeError where it died.
     """
 
-    def __init__(self, model: Path, accuracy_level: str | None, threads: int, depth: int, tokens: int) -> None:
-        self._name = f"the benchmark's process of {threads} threads at depth {depth}"
-        settings = {
-            "model": str(model), "accuracy_level": accuracy_level, "threads": threads, "depth": depth, "tokens": tokens,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "fbiedge.bench_worker", json.dumps(settings)]
+    def __init__(self, settings: dict[str, Any], program: Sequence[str] = WORKER) -> None:
+        """`settings` as bench_worker describes them."""
+        self._name = f"the benchmark's process of {settings['threads']} threads at depth {settings['depth']}"
+        command = [*program, json.dumps(settings)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             self.started = self._read()

@@ -31,14 +31,24 @@ from .conftest import NO_LIBRARY
 QUICK = BenchOptions(prompt_tokens=5, gen_tokens=3, depths=(0, 20), threads=(1, 2), repetitions=3)
 
 
+def settings(model: Path, depth: int = 0) -> dict[str, object]:
+    return {"model": str(model), "accuracy_level": None, "threads": 1, "depth": depth, "tokens": 1}
+
+
 def run(path: Path, options: BenchOptions = QUICK) -> tuple[list[Step], BenchReport]:
     *steps, report = bench(path, options)
     assert isinstance(report, BenchReport) and all(isinstance(step, Step) for step in steps)
     return [step for step in steps if isinstance(step, Step)], report
 
 
-def test_a_run_measures_every_configuration(external_model: Path) -> None:
-    steps, report = run(external_model)
+@pytest.fixture(scope="module")
+def quick_run(external_model: Path) -> tuple[list[Step], BenchReport]:
+    """One run for the tests that only look at its report: it starts six processes."""
+    return run(external_model)
+
+
+def test_a_run_measures_every_configuration(quick_run: tuple[list[Step], BenchReport]) -> None:
+    steps, report = quick_run
     assert [(m.kind, m.depth, m.threads, m.tokens) for m in report.measurements] == [
         ("prefill", 0, 1, 5), ("prefill", 0, 2, 5),
         ("decode", 0, 1, 3), ("decode", 0, 2, 3),
@@ -53,8 +63,8 @@ def test_a_run_measures_every_configuration(external_model: Path) -> None:
     assert report.isa in report.machine.isas
 
 
-def test_bandwidth_and_its_share_add_up(external_model: Path) -> None:
-    _, report = run(external_model)
+def test_bandwidth_and_its_share_add_up(quick_run: tuple[list[Step], BenchReport]) -> None:
+    _, report = quick_run
     weights, bandwidth = report.weight_bytes_per_token, {b.threads: b for b in report.bandwidth}
     assert weights is not None
     for measurement in report.measurements:
@@ -150,11 +160,11 @@ def test_errors_of_a_worker_keep_their_class_and_text(plain_model: Path, tmp_pat
     with pytest.raises(UsageError, match="accuracy level is 'int9', expected one of int8, fp32"):
         run(plain_model, BenchOptions(gen_tokens=1, prompt_tokens=1, accuracy_level="int9"))
     with pytest.raises(ModelFileError, match="does not exist"):
-        Worker(tmp_path / "absent.onnx", None, 1, 0, 1)
+        Worker(settings(tmp_path / "absent.onnx"))
 
 
 def test_a_worker_that_dies_is_an_error(plain_model: Path) -> None:
-    worker = Worker(plain_model, None, 1, 4, 1)
+    worker = Worker(settings(plain_model, depth=4))
     worker._process.kill()
     with pytest.raises(FbiEdgeError, match="the benchmark's process of 1 threads at depth 4 was killed by signal 9"):
         worker.ask("decode")
@@ -165,7 +175,7 @@ def test_peak_rss_is_this_process_alone(plain_model: Path) -> None:
     """A worker started by a larger process must not report that one's memory."""
     ballast = bytearray(300 << 20)
     ballast[::4096] = b"x" * len(range(0, len(ballast), 4096))
-    worker = Worker(plain_model, None, 1, 0, 1)
+    worker = Worker(settings(plain_model))
     peak, own = worker.ask("memory")["peak_rss_bytes"], peak_rss_bytes()
     worker.close()
     if peak is None or own is None:
