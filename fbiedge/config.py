@@ -12,6 +12,10 @@ from .errors import CheckpointError, UsageError
 ScalingPattern = Literal["column", "row", "single", "block", "none"]
 BLOCK_SIZE = 128  # inputs that share one scale of an output row in `block`, as in ggml's Q1_0
 
+# Far above any model, and low enough that nothing takes forever before the tensors are found not to be there.
+_MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1  # ONNX Runtime's attention counts in 32 bits, and so does the op for its K and N
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -35,9 +39,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            value = getattr(self, name)
+            value, most = getattr(self, name), _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise CheckpointError(f"config: {name} is {value!r}, expected a positive integer")
+            if value > most:
+                raise CheckpointError(f"config: {name} is {value}, expected at most {most}")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -130,12 +136,18 @@ class ModelConfig:
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:
-    parameters = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise CheckpointError(f"config: RoPE of type {kind!r} is not supported, expected 'default'")
-    return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    """The base of RoPE, however it is spelt. Where both spellings are there, readers would take one or the other."""
+    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    for spelling in (parameters, scaling):
+        kind = spelling.get("rope_type") or spelling.get("type") or "default"
+        if kind != "default":
+            raise CheckpointError(f"config: RoPE of type {kind!r} is not supported, expected 'default'")
+    stated = [float(place["rope_theta"]) for place in (parameters, scaling, raw) if place.get("rope_theta") is not None]
+    if any(theta != stated[0] for theta in stated):
+        raise CheckpointError(
+            f"config: rope_theta is {stated[0]} in one place and {stated[-1]} in another; make them agree"
+        )
+    return stated[0] if stated else 10000.0
 
 
 # The published sizes (FBI-LLM, arXiv 2407.07093, table of architectures) and one small enough for any test.
