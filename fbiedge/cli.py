@@ -248,7 +248,7 @@ def train(context: typer.Context) -> None:
     with _extra("train"):
         importlib.import_module("torch")
         training: Any = importlib.import_module("fbiedge.training.cli")
-    training.main(context.args)
+    raise typer.Exit(training.main(context.args))
 
 
 def _open_session(model: Path | None, threads: int | None, accuracy_level: str | None, context: int | None) -> Any:

@@ -1,6 +1,7 @@
 """A run's folder, and how it survives being killed.
 
-RUN/train_config.json    every hyperparameter and the model's shape
+RUN/run.json             every hyperparameter, the model's shape and its teacher
+RUN/*.tokens             token shards of the training and the held-out text
 RUN/metrics.jsonl        one line per logged step or evaluation
 RUN/state.pt             latents, AdamW moments, step: what an exact resume needs (tensors only, no pickled code)
 RUN/model/               the checkpoint in the official form, with its tokenizer: what `fbiedge export` reads
@@ -29,14 +30,17 @@ def save_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer, step: 
 
 
 def load_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Restore model and optimizer from RUN/state.pt; returns the number of steps done. Raises CheckpointError."""
+    """Restore model and optimizer from RUN/state.pt; returns the steps done, 0 where nothing was saved yet.
+
+    Raises CheckpointError for a damaged file.
+    """
+    if not (run / "state.pt").exists():
+        return 0
     try:
         state: dict[str, Any] = torch.load(run / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{run}: no state.pt to resume from; start without --resume") from error
     except Exception as error:  # torch raises a dozen types for a damaged file; all mean the same to the user
         raise CheckpointError(f"{run}/state.pt can't be resumed: {str(error).splitlines()[0]}") from error
 

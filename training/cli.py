@@ -18,6 +18,8 @@ from .config import TrainConfig
 from .progress import run_with_progress
 from .run import RunPlan, prepare_run
 
+STOPPED = 130  # the exit code of a run that Ctrl-C or SIGTERM stopped
+
 app = typer.Typer(add_completion=False)
 
 
@@ -31,8 +33,8 @@ def train(
         list[Path] | None, typer.Option(help="Text for the held-out loss; by default every 50th document of the data.")
     ] = None,
     preset_name: Annotated[
-        str, typer.Option("--preset", help="Shape of the model: tiny, 130m, 1.3b, 7b, 13b.")
-    ] = "tiny",
+        str | None, typer.Option("--preset", help="Shape of the model: tiny (default), 130m, 1.3b, 7b, 13b.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json with the model's shape, instead of a preset.")
     ] = None,
@@ -69,6 +71,10 @@ def train(
     if not resume:
         if not data:
             raise UsageError("no --data given; name at least one text file")
+        if config is not None and preset_name is not None:
+            raise UsageError("--preset and --config both give the model's shape; leave one out")
+        if teacher is not None and (tokenizer is not None or special_token):
+            raise UsageError("a student uses its teacher's tokenizer; leave --tokenizer and --special-token out")
         if scaling_pattern not in get_args(ScalingPattern):
             raise UsageError(
                 f"unknown scaling pattern {scaling_pattern!r}; expected one of {', '.join(get_args(ScalingPattern))}"
@@ -95,14 +101,17 @@ def train(
             out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
             None if chat_template is None else _read(chat_template),
         )  # fmt: skip
-    if run_with_progress(out, resume, console) is None:
+    report = run_with_progress(out, resume, console)
+    if report is None:
         console.print("nothing left to do: the run is complete")
+    elif report.step < RunPlan.load(out).training.steps:
+        raise typer.Exit(STOPPED)
     console.print(f"checkpoint: {out / 'model'}\nnext: fbiedge export {out / 'model'} --to onnx -o model.onnx")
 
 
-def _shape(preset_name: str, config: Path | None) -> ModelConfig:
+def _shape(preset_name: str | None, config: Path | None) -> ModelConfig:
     if config is None:
-        return preset(preset_name)
+        return preset(preset_name or "tiny")
     try:
         raw: dict[str, Any] = json.loads(_read(config))
     except ValueError as error:
@@ -117,6 +126,12 @@ def _read(path: Path) -> str:
         raise UsageError(f"can't read {path}: {error}") from error
 
 
-def main(args: list[str]) -> None:
-    """Run `fbiedge train ARGS`. Raises FbiEdgeError and typer's own usage errors; the caller prints them."""
-    app(args=args, prog_name="fbiedge train", standalone_mode=False)
+def main(args: list[str]) -> int:
+    """Run `fbiedge train ARGS` -> exit code: 0, or STOPPED. Raises FbiEdgeError."""
+    try:
+        code = app(args=args, prog_name="fbiedge train", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors, whichever copy of click it uses
+            raise
+        raise UsageError(f"{error.format_message()} (see fbiedge train --help)") from error
+    return code if isinstance(code, int) else 0

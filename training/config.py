@@ -1,4 +1,4 @@
-"""TrainConfig: every hyperparameter of a run, stored as train_config.json beside the weights."""
+"""TrainConfig: every hyperparameter of a run, stored in run.json beside the weights."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ class TrainConfig:
         for name in ("steps", "batch_size", "sequence_length", "checkpoint_every", "eval_every", "eval_sequences"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive integer")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise UsageError(f"learning_rate is {self.learning_rate}, expected a positive number")
-        if self.warmup_steps < 0:
-            raise UsageError(f"warmup_steps is {self.warmup_steps}, expected 0 or more")
+        for name in ("learning_rate", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("beta1", "beta2", "min_learning_rate_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

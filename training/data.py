@@ -1,11 +1,12 @@
 """Text files -> token shards -> batches in an order that (seed, step) alone decides.
 
-A document ends at a line `<|endoftext|>` or `<|endofdoc|>`, or with its file. Each becomes bos + tokens + eos in a
+A document ends at a marker `<|endoftext|>` or `<|endofdoc|>`, or with its file. Each becomes bos + tokens + eos in a
 flat uint16 or uint32 file `NAME.tokens`; `NAME.tokens.json` beside it says the dtype and how many tokens it must hold.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from fbiedge.errors import UsageError
 from fbiedge.files import atomic_file
 
 _DOCUMENT_END = re.compile(r"<\|endoftext\|>|<\|endofdoc\|>")
+_HELD_OUT_EVERY = 50
 _ENCODE_BATCH = 512  # documents given to the tokenizer at once: its threads have work, memory stays small
 
 
@@ -34,6 +36,26 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
         for document in _DOCUMENT_END.split(text):
             if document.strip():
                 yield document.strip()
+
+
+def without_held_out(documents: Iterable[str]) -> Iterator[str]:
+    """All but every 50th document; of texts with fewer, the first 19/20 of each document."""
+    return (train for train, _ in _split(documents) if train)
+
+
+def held_out(documents: Iterable[str]) -> Iterator[str]:
+    """What `without_held_out` leaves out."""
+    return (kept for _, kept in _split(documents) if kept)
+
+
+def _split(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
+    start = list(itertools.islice(iterator := iter(documents), _HELD_OUT_EVERY))
+    for index, document in enumerate(itertools.chain(start, iterator)):
+        if len(start) == _HELD_OUT_EVERY:
+            yield ("", document) if index % _HELD_OUT_EVERY == 0 else (document, "")
+        else:
+            cut = document.rfind(" ", 0, len(document) * 19 // 20) + 1
+            yield document[:cut], document[cut:]
 
 
 def write_shard(documents: Iterable[str], tokenizer: Tokenizer, bos: int, eos: int, out: Path) -> int:
@@ -59,9 +81,9 @@ def open_shard(path: Path) -> npt.NDArray[np.unsignedinteger]:
         found = path.stat().st_size // dtype.itemsize
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a token shard ({error}); make it again from the text files") from error
-    if found != tokens or tokens == 0:
+    if found != tokens:
         raise UsageError(f"{path}: {found} tokens found, {tokens} expected; make it again from the text files")
-    return np.memmap(path, dtype, "r", shape=(tokens,))
+    return np.memmap(path, dtype, "r", shape=(tokens,)) if tokens else np.empty(0, dtype)
 
 
 class Batches:
@@ -71,10 +93,20 @@ class Batches:
     from (seed, e). Sample number i is window i mod windows of epoch i div windows, so any step can be rebuilt alone.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.unsignedinteger], batch_size: int, sequence_length: int, seed: int):
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.unsignedinteger],
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        name: str = "training text",
+    ) -> None:
         self.windows = (len(tokens) - 1) // sequence_length - 1  # one is lost to the phase
         if self.windows < 1:
-            raise UsageError(f"the data has {len(tokens)} tokens, too few for sequences of {sequence_length}")
+            raise UsageError(
+                f"the {name} has {len(tokens)} tokens, expected {2 * sequence_length + 1} or more for sequences of "
+                f"{sequence_length}; give more text or shorter sequences"
+            )
         self.tokens, self.batch_size, self.sequence_length, self.seed = tokens, batch_size, sequence_length, seed
         self._epoch, self._phase, self._order = -1, 0, np.empty(0, np.int64)
 

@@ -15,6 +15,7 @@ import json
 import lzma
 import random
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import UsageError
+from fbiedge.errors import FbiEdgeError, UsageError
 
 from .checkpoint import load_model
+from .cli import STOPPED
 from .config import TrainConfig
 from .evaluation import held_out_loss
 from .progress import run_with_progress
@@ -169,7 +171,7 @@ def main(
             GENERATION,
         )
     console.rule("teacher")
-    run_with_progress(teacher_run, (teacher_run / "state.pt").exists(), console)
+    _train(teacher_run, console)
     if not (student_run / "run.json").exists():
         text = out / "text"
         plan = RunPlan(
@@ -188,9 +190,16 @@ def main(
             GENERATION,
         )
     console.rule("student")
-    run_with_progress(student_run, (student_run / "state.pt").exists(), console)
+    _train(student_run, console)
     console.rule("held-out")
     report(out, console)
+
+
+def _train(run: Path, console: Console) -> None:
+    """Start or go on with `run`; stopped by Ctrl-C, the recipe ends there."""
+    done = run_with_progress(run, True, console)
+    if done is not None and done.step < RunPlan.load(run).training.steps:
+        raise typer.Exit(STOPPED)
 
 
 def report(out: Path, console: Console) -> None:
@@ -212,4 +221,8 @@ def report(out: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except FbiEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,7 +37,8 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
     report = None
     with Progress(*columns, console=console) as progress, ExitStack() as files:
         task = None
-        for report in execute_run(run, resume, announce):
+        stop = files.enter_context(stop_requests())
+        for report in execute_run(run, resume, announce, stop):
             if task is None:
                 metrics = files.enter_context(open(_forget_from(run / "metrics.jsonl", report.step), "a"))
                 task = progress.add_task("training", total=total, completed=report.step - 1)
@@ -51,7 +55,28 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
             if report.step % log_every == 0 or report.eval_loss is not None:
                 metrics.write(json.dumps(asdict(report)) + "\n")
                 metrics.flush()
+    if report is not None and report.step < total:
+        console.print(f"stopped after step {report.step} of {total}, all saved; go on with --resume")
     return report
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for a stop after the step that is under way; a second Ctrl-C doesn't wait for it."""
+    asked = False
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _forget_from(path: Path, step: int) -> Path:

@@ -13,15 +13,14 @@ from tokenizers import Tokenizer
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, UsageError
 from fbiedge.files import atomic_file
+from fbiedge.weights import open_checkpoint
 
 from .checkpoint import load_model
 from .config import TrainConfig
-from .data import Batches, open_shard, read_documents, write_shard
+from .data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
 from .model import Llama
 from .tokenizer import BOS, EOS, tokenizer_config, train_tokenizer
 from .trainer import StepReport, train
-
-HELD_OUT_EVERY = 50  # without a held-out file, every 50th document is held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +53,20 @@ def prepare_run(
     run: Path,
     plan: RunPlan,
     data: list[Path],
-    held_out: list[Path],
+    held_out_data: list[Path],
     tokenizer: Path | None = None,
     special_tokens: tuple[str, ...] = (),
     chat_template: str | None = None,
     generation_config: dict[str, Any] | None = None,
 ) -> None:
-    """Write tokenizer, token shards and run.json into `run`. Without `held_out`, every 50th document is held out.
+    """Write tokenizer, token shards and run.json into `run`. Without `held_out_data`, every 50th document is held out.
 
     The tokenizer is the teacher's when there is one, else the given tokenizer.json, else trained on `data`.
     Raises UsageError for unusable texts or a tokenizer whose size is not the model's vocabulary.
     """
     run.mkdir(parents=True, exist_ok=True)
     if plan.teacher is not None:
+        _check_teacher(open_checkpoint(Path(plan.teacher)).config, plan)
         tokenizer = Path(plan.teacher) / "tokenizer.json"
     if tokenizer is not None:
         try:
@@ -85,13 +85,11 @@ def prepare_run(
             f"the tokenizer's {BOS} and {EOS} are {bos} and {eos}, "
             f"the model expects {plan.model.bos_token_id} and {plan.model.eos_token_id}"
         )
-    if held_out:
-        write_shard(read_documents(data), trained, bos, eos, run / "train.tokens")
-        write_shard(read_documents(held_out), trained, bos, eos, run / "held_out.tokens")
-    else:
-        for name, keep in (("train.tokens", False), ("held_out.tokens", True)):
-            chosen = (d for i, d in enumerate(read_documents(data)) if (i % HELD_OUT_EVERY == 0) == keep)
-            write_shard(chosen, trained, bos, eos, run / name)
+    documents = read_documents(data)
+    write_shard(documents if held_out_data else without_held_out(documents), trained, bos, eos, run / "train.tokens")
+    kept = read_documents(held_out_data) if held_out_data else held_out(read_documents(data))
+    write_shard(kept, trained, bos, eos, run / "held_out.tokens")
+    open_batches(run, plan.training)  # too little text is an error now, not when the run starts
     sidecars = {
         "tokenizer.json": trained.to_str(),
         "tokenizer_config.json": json.dumps(tokenizer_config(chat_template), indent=1),
@@ -104,26 +102,45 @@ def prepare_run(
 
 
 def execute_run(
-    run: Path, resume: bool = False, on_start: Callable[[Llama, RunPlan], None] | None = None
+    run: Path,
+    resume: bool = False,
+    on_start: Callable[[Llama, RunPlan], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
-    """Train the run prepared in `run`, from its start or from its last saved state."""
+    """Train the run prepared in `run`, from its start or from its last saved state, until its end or until `stop()`."""
     plan = RunPlan.load(run)
     teacher = None
     if plan.teacher is not None:
         teacher = load_model(Path(plan.teacher)).eval().requires_grad_(False)
-        if teacher.config.vocab_size != plan.model.vocab_size:
-            raise UsageError(
-                f"the teacher's vocabulary has {teacher.config.vocab_size} pieces, the student's {plan.model.vocab_size}; "
-                "distillation needs the same vocabulary"
-            )
+        _check_teacher(teacher.config, plan)
     training = plan.training
     model = Llama(plan.model).initialize(training.seed)
     if on_start is not None:
         on_start(model, plan)
-    shards = [open_shard(run / name) for name in ("train.tokens", "held_out.tokens")]
-    batches, held_out = (
-        Batches(shard, training.batch_size, training.sequence_length, training.seed) for shard in shards
-    )
+    batches, held_out_batches = open_batches(run, training)
     names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
     files = {name: (run / name).read_text() for name in names}
-    yield from train(run, model, teacher, batches, held_out, training, files, resume)
+    yield from train(run, model, teacher, batches, held_out_batches, training, files, resume, stop)
+
+
+def open_batches(run: Path, training: TrainConfig) -> tuple[Batches, Batches]:
+    """The run's training and held-out batches. Raises UsageError where a shard is missing, damaged or too short."""
+    shards = ((run / "train.tokens", "training text"), (run / "held_out.tokens", "held-out text"))
+    batches, held_out_batches = (
+        Batches(open_shard(path), training.batch_size, training.sequence_length, training.seed, name)
+        for path, name in shards
+    )
+    return batches, held_out_batches
+
+
+def _check_teacher(teacher: ModelConfig, plan: RunPlan) -> None:
+    if teacher.vocab_size != plan.model.vocab_size:
+        raise UsageError(
+            f"the teacher's vocabulary has {teacher.vocab_size} pieces, the student's {plan.model.vocab_size}; "
+            "distillation needs the same vocabulary"
+        )
+    if teacher.max_position_embeddings < plan.training.sequence_length:
+        raise UsageError(
+            f"sequences of {plan.training.sequence_length} tokens are longer than the teacher's "
+            f"{teacher.max_position_embeddings} positions; choose a shorter --sequence-length"
+        )

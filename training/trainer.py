@@ -46,10 +46,12 @@ def train(
     config: TrainConfig,
     files: Mapping[str, str],
     resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Train `model` against `teacher` (distillation) or against the next token (no teacher), yielding after each step.
 
-    Writes RUN/state.pt and RUN/model every `checkpoint_every` steps and at the end. Raises DivergedError.
+    Writes RUN/state.pt and RUN/model every `checkpoint_every` steps, at the end, and when `stop()` ends the run after
+    a step. Raises DivergedError.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -89,9 +91,10 @@ def train(
         done = step + 1
         last = done == config.steps
         eval_loss = evaluate(student, held_out, config) if last or done % config.eval_every == 0 else None
-        if last or done % config.checkpoint_every == 0:
-            save_model(model, run / "model", files)
+        stopping = stop()
+        if last or stopping or done % config.checkpoint_every == 0:
             save_state(run, model, optimizer, done)
+            save_model(model, run / "model", files)
         yield StepReport(
             step=done,
             loss=loss.item(),
@@ -101,6 +104,8 @@ def train(
             tokens_per_second=tokens_per_step / seconds,
             eval_loss=eval_loss,
         )
+        if stopping:
+            return
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fbiedge.errors import UsageError
-from fbiedge.training.data import Batches, open_shard, read_documents, write_shard
+from fbiedge.training.data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
 from fbiedge.training.tokenizer import train_tokenizer
 
 TEXT = "The cat sat on the mat.\n<|endoftext|>\nA dog ran to the cat, and the cat ran up.\n<|endofdoc|>\n\nOne \u00e9t\u00e9 \U0001f408."
@@ -75,6 +75,15 @@ def test_any_step_can_be_rebuilt_alone_and_epochs_differ() -> None:
     assert not np.array_equal(in_order[0], other_seed)
 
 
+@pytest.mark.parametrize("count", [1, 3, 49, 50, 130])
+def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(count: int) -> None:
+    documents = [f"{i} " + " ".join(f"w{i}x{j}" for j in range(60)) for i in range(count)]
+    train, kept = list(without_held_out(documents)), list(held_out(documents))
+    words = [word for document in documents for word in document.split()]
+    assert sorted(word for part in (train, kept) for document in part for word in document.split()) == sorted(words)
+    assert kept and len(" ".join(kept)) < 0.12 * len(" ".join(documents))
+
+
 def test_unusable_input_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UsageError, match=r"latin1.txt: not UTF-8 text \(byte 3\)"):
@@ -88,5 +97,5 @@ def test_unusable_input_is_named(tmp_path: Path) -> None:
     (tmp_path / "s.tokens").write_bytes(data[:-4])
     with pytest.raises(UsageError, match="tokens found, .* expected"):
         open_shard(tmp_path / "s.tokens")
-    with pytest.raises(UsageError, match="too few for sequences of 64"):
+    with pytest.raises(UsageError, match="the training text has 100 tokens, expected 129 or more"):
         Batches(np.zeros(100, np.uint16), 2, 64, 0)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +19,12 @@ import torch
 from rich.console import Console
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError
+from fbiedge.errors import CheckpointError, FbiEdgeError, OutputError, UsageError
 from fbiedge.reference import Reference
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model, save_model
 from fbiedge.training.config import TrainConfig
+from fbiedge.training.data import open_shard
 from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
@@ -115,6 +121,74 @@ def test_metrics_of_steps_that_are_done_again_are_forgotten(text: Path, tmp_path
     assert steps == [5, 10, 15, 20]
 
 
+def test_a_run_killed_before_its_first_save_starts_again_with_resume(text: Path, tmp_path: Path) -> None:
+    plan = RunPlan(model=model_config("row"), training=training_config(steps=12), teacher=None)
+    prepare_run(tmp_path / "run", plan, [text], [])
+    killed = execute_run(tmp_path / "run")
+    first = next(killed)
+    killed.close()
+    again = list(execute_run(tmp_path / "run", resume=True))
+    assert [r.step for r in again] == list(range(1, 13)) and again[0].loss == first.loss
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_run(number: int, text: Path, tmp_path: Path) -> None:
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(model_config("column").to_dict()))
+    command = [sys.executable, "-c", "import sys; from fbiedge.cli import main; main()", "train", "--data", str(text),
+               "--config", str(shape), "-o", str(tmp_path / "run"), "--steps", "100000", "--sequence-length", "32",
+               "--checkpoint-every", "100000", "--eval-every", "100000", "--batch-size", "2"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text()):
+            assert run.poll() is None and time.monotonic() < deadline, run.stdout.read() if run.stdout else ""
+            time.sleep(0.05)
+        run.send_signal(number)
+        printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "go on with --resume" in printed.replace("\n", " ") and "Traceback" not in printed
+    assert (tmp_path / "run" / "state.pt").exists() and open_checkpoint(tmp_path / "run" / "model")
+
+
+def test_one_text_without_markers_is_enough(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(DOCUMENTS * 8))
+    run = tmp_path / "run"
+    prepare_run(run, RunPlan(model=model_config("row"), training=training_config(steps=2), teacher=None), [book], [])
+    assert [r.step for r in execute_run(run)] == [1, 2]
+    sizes = [len(open_shard(run / f"{name}.tokens")) for name in ("train", "held_out")]
+    assert sizes[1] == pytest.approx(sum(sizes) / 20, rel=0.2)
+
+
+def test_too_little_text_is_refused_before_the_run_exists(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(DOCUMENTS[:40]))
+    plan = RunPlan(model=model_config("row"), training=training_config(sequence_length=64), teacher=None)
+    with pytest.raises(UsageError, match="the held-out text has .* tokens, expected 129 or more"):
+        prepare_run(tmp_path / "run", plan, [book], [])
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_teacher_with_a_shorter_context_is_refused(text: Path, teacher: Path, tmp_path: Path) -> None:
+    student = dataclasses.replace(model_config("column"), max_position_embeddings=128)
+    plan = RunPlan(model=student, training=training_config(sequence_length=100), teacher=str(teacher))
+    with pytest.raises(UsageError, match="longer than the teacher's 64 positions"):
+        prepare_run(tmp_path / "run", plan, [text], [])
+
+
+def test_a_foreign_file_beside_the_model_costs_no_step(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare_run(run, RunPlan(model=model_config("row"), training=training_config(steps=10), teacher=None), [text], [])
+    (run / "model").mkdir()
+    (run / "model" / "notes.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.md"):
+        list(execute_run(run))
+    (run / "model" / "notes.md").unlink()
+    assert list(execute_run(run, resume=True)) == []  # the state of step 10 was saved
+
+
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
     config = training_config(steps=100, warmup_steps=10, learning_rate=1.0)
     rates = [config.learning_rate_at(step) for step in range(100)]
@@ -159,6 +233,13 @@ def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pyte
         (["--data", "TEXT", "--sequence-length", "100000"], "longer than the model's"),
         (["--data", "TEXT", "--teacher", "/nonexistent"], "nonexistent"),
         (["--resume"], "no run to resume"),
+        (["--data", "TEXT", "--seed", "-1"], "seed is -1"),
+        (["--data", "TEXT", "--weight-decay", "-1"], "weight_decay is -1"),
+        (["--data", "TEXT", "--grad-clip", "nan"], "grad_clip is nan"),
+        (["--data", "TEXT", "--preset", "tiny", "--config", "TEXT"], "leave one out"),
+        (["--data", "TEXT", "--config", "TEXT"], "not JSON"),
+        (["--data", "TEXT", "--stepz", "3"], "fbiedge train --help"),
+        (["--data", "TEXT", "--vocab-size", "5000"], "give more text or a smaller vocabulary"),
     ],
 )
 def test_unusable_options_are_named(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
@@ -190,5 +271,5 @@ def test_a_damaged_state_is_refused(text: Path, tmp_path: Path) -> None:
 def test_a_teacher_with_another_vocabulary_is_refused(text: Path, teacher: Path, tmp_path: Path) -> None:
     student = ModelConfig.from_dict({**model_config("column").to_dict(), "vocab_size": 310})
     plan = RunPlan(model=student, training=training_config(), teacher=str(teacher))
-    with pytest.raises(UsageError, match="300 pieces, the model's vocabulary 310"):
+    with pytest.raises(UsageError, match="300 pieces, the student's 310"):
         prepare_run(tmp_path / "run", plan, [text], [])
