@@ -79,11 +79,11 @@ def torch_model(weights: Weights) -> Llama:
             packed = weights.linear(name)
             signs = np.unpackbits(packed.packed, axis=1, count=packed.k, bitorder="little") * 2.0 - 1.0
             state[f"{name}.weight"] = torch.from_numpy(signs).float()
-            state[f"{name}.wscale"] = torch.from_numpy(packed.alpha).reshape(module.wscale.shape)
-            state[f"{name}.wbias"] = torch.from_numpy(packed.beta).reshape(module.wbias.shape)
+            state[f"{name}.wscale"] = torch.tensor(packed.alpha).reshape(module.wscale.shape)
+            state[f"{name}.wbias"] = torch.tensor(packed.beta).reshape(module.wbias.shape)
     for name in model.state_dict():
         if name not in state:
-            state[name] = torch.from_numpy(np.array(weights.tensor(name)))
+            state[name] = torch.tensor(weights.tensor(name))
     model.load_state_dict(state)
     return model.eval()
 
@@ -164,8 +164,8 @@ def test_it_is_small_and_says_what_it_is() -> None:
     assert MODEL.stat().st_size <= 12_000_000
     session = Session.open(MODEL)
     assert session.model.config.scaling_pattern == "column"
-    assert session.model.metadata["fbiedge.chat_template"]
-    rows = json.loads(session.model.metadata["fbiedge.inventory"])
+    assert session.model.metadata["chat_template"]
+    rows = json.loads(session.model.metadata["inventory"])
     binary = [row for row in rows if row["form"].startswith("1-bit")]
     assert binary and all(row["bits_per_weight"] < 1.3 for row in binary)
 
