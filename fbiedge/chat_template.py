@@ -44,6 +44,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelFileError(f"the chat template can't be read: line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise ModelFileError("the chat template can't be read: nested too deeply") from error
 
     @classmethod
     def from_model(cls, model: ModelFile) -> ChatTemplate | None:

@@ -26,7 +26,9 @@ app = typer.Typer(
 
 Model = Annotated[Path | None, typer.Argument(help="model.onnx made by `fbiedge export`; default: the bundled model")]
 Threads = Annotated[int | None, typer.Option(help="threads; default: one for each core")]
-AccuracyLevel = Annotated[str | None, typer.Option(help="activations: int8 or fp32; default: the model's")]
+AccuracyLevel = Annotated[
+    str | None, typer.Option(help="activations: int8 or fp32; default: the model's; the head keeps what it has")
+]
 Context = Annotated[int | None, typer.Option(help="tokens the KV cache holds; default: the model's most")]
 MaxTokens = Annotated[int | None, typer.Option(help="stop after this many tokens")]
 Temperature = Annotated[float | None, typer.Option(help="0 always picks the most likely token")]
@@ -219,25 +221,34 @@ def export(
     verify_text: Annotated[
         Path | None, typer.Option(help="text to measure the loss on; default: a built-in one")
     ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json to put into the model; default: the checkpoint's")
+    ] = None,
 ) -> None:
     """Export a checkpoint to a model.onnx, check it against the reference, and print what was lost."""
+    from dataclasses import replace
+
     from . import terminal
     from .weights import open_checkpoint
 
     if to != "onnx":
         raise UsageError(f"format is {to!r}, expected onnx")
     text = _read_text(verify_text) if verify_text else None
+    brought = {"tokenizer.json": _read_text(tokenizer)} if tokenizer else {}
     with _extra("export"):
         exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
     # A model.onnx goes the same way again, to change its accuracy level or the form of its head.
-    weights = exporter.open_onnx(checkpoint) if checkpoint.suffix == ".onnx" else open_checkpoint(checkpoint)
+    weights: Any = exporter.open_onnx(checkpoint) if checkpoint.suffix == ".onnx" else open_checkpoint(checkpoint)
+    weights = replace(weights, files={**weights.files, **brought})
+    if "tokenizer.json" not in weights.files:
+        terminal.print_warning(_no_tokenizer(checkpoint))
+    ids = exporter.default_text_ids(weights, text)
     with terminal.progress_bar("exporting") as update:
         report = exporter.export_onnx(
             weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding,
-            progress=lambda _name, done, total: update(done, total),
+            progress=lambda _name, done, total: update(done, total), verify_on=ids,
         )  # fmt: skip
-    ids = exporter.default_text_ids(weights) if text is None else exporter.default_text_ids(weights, text)
-    terminal.print_export(report, exporter.verify_export(weights, output, ids))
+    terminal.print_export(report)
 
 
 @app.command(
@@ -260,7 +271,20 @@ def _open_session(model: Path | None, threads: int | None, accuracy_level: str |
     session = Session.open(path, threads=threads, accuracy_level=accuracy_level, context=context)
     if session.fallback_reason:
         terminal.print_warning(f"{session.fallback_reason}; running on stock ops, which are slower")
+        if accuracy_level not in (None, session.accuracy_level):
+            terminal.print_warning(
+                f"--accuracy-level {accuracy_level} has no effect on stock ops, which compute as the file says: "
+                f"{session.accuracy_level}; export it with --accuracy-level {accuracy_level}"
+            )
     return session
+
+
+def _no_tokenizer(checkpoint: Path) -> str:
+    """What to do about a checkpoint without tokenizer.json."""
+    advice = "give one with --tokenizer FILE"
+    if (checkpoint / "tokenizer.model").is_file():
+        advice += ", made from tokenizer.model (SentencePiece) by transformers' AutoTokenizer and save_pretrained"
+    return f"{checkpoint} has no tokenizer.json: it is checked on random ids, and chat and generate won't take it; {advice}"
 
 
 def _bundled_model() -> Path:
@@ -313,12 +337,16 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line -> the exit code: 0, 2 for an error that was explained in one line, 130 for Ctrl-C."""
+    """Run the command line -> the exit code: 0, 2 for an error that was explained in one line, 130 for Ctrl-C.
+
+    SIGTERM raises SystemExit with the code 143.
+    """
     try:
         from . import terminal  # in here, because Ctrl-C may come as early as this
 
         terminal.prepare_streams()
-        code = app(arguments, prog_name="fbiedge", standalone_mode=False)
+        with terminal.terminable():
+            code = app(arguments, prog_name="fbiedge", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except FbiEdgeError as error:
@@ -332,6 +360,14 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         _discard_stdout()
         terminal.print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 2
+    except MemoryError as error:
+        terminal.print_error(
+            f"there is not enough memory{f': {error}' if str(error) else ''}; use a smaller model or context"
+        )
+        return 2
+    except RecursionError:
+        terminal.print_error("something in the input is nested too deeply to be read")
         return 2
     except Exception as error:
         # Errors in usage. typer takes click's class or its own copy of it, depending on its version; both say what is

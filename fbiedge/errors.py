@@ -5,7 +5,7 @@
     ├── CheckpointError          a checkpoint that is missing, truncated, or has missing, extra or wrongly shaped tensors
     ├── ModelFileError           a model.onnx that is missing, not ONNX, truncated, or not written by fbiedge
     ├── OpLibraryError           the op library is missing or can't be loaded
-    └── OutputError              the output can't be written (disk full, no permission)
+    └── OutputError              the output can't be written (disk full, no permission) or came out wrong
 
 A message is one line: what was got, what was expected, what to do.
 """
@@ -36,4 +36,4 @@ class OpLibraryError(FbiEdgeError):
 
 
 class OutputError(FbiEdgeError):
-    """An output that can't be written."""
+    """An output that can't be written, or that came out wrong and was dropped."""

@@ -49,10 +49,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_files(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; on success its files replace those of the same names beside `target`.
+    """Yield the path that `target` has for now, in a temporary folder; what is written beside it goes along with it.
 
-    `target`, which needs the others, comes last. For a file that names its companions, and is to be tried out before it
-    is let loose. Raises OutputError as `atomic_file` does; the file called like the target itself must be written.
+    For a file that names its companions and is to be tried out before it appears; it replaces `target` last, because it
+    needs the others. Raises OutputError as `atomic_file` does.
     """
     real = real_target(target, "a file")
     staging = _temporary(real)
@@ -60,7 +60,7 @@ def atomic_files(target: Path) -> Iterator[Path]:
         real.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(real)
         staging.mkdir()
-        yield staging
+        yield staging / real.name
         files = sorted(staging.iterdir(), key=lambda path: path.name == real.name)
         for path in files:
             real_target(real.with_name(path.name), "a file")

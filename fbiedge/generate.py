@@ -13,12 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UsageError
+from .errors import ModelFileError, UsageError
 from .model_file import ModelFile
 from .sampling import Sampler, SamplingOptions
 from .tokenizer import DetokenizeStream, Tokenizer
@@ -93,13 +93,27 @@ class GenerationStats:
 
 
 def end_tokens(model: ModelFile, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text: those of generation_config.json, config.json and the tokenizer's eos_token."""
+    """The ids that end a text: those of generation_config.json, config.json and the tokenizer's eos_token.
+
+    Raises ModelFileError where one of the files lists what is no id.
+    """
     ends: set[int] = {model.config.eos_token_id}
     for key in ("generation_config", "config"):
-        listed = model.json_object(key).get("eos_token_id")
-        ends.update(listed if isinstance(listed, list) else [listed] if listed is not None else [])
+        try:
+            ends.update(listed_ids(model.json_object(key), "eos_token_id"))
+        except UsageError as error:
+            raise ModelFileError(f"{model.path} has an unusable fbiedge.{key}: {error}; export it again") from error
     named = tokenizer.token_id(tokenizer.eos_token) if tokenizer.eos_token else None
     return frozenset(ends if named is None else ends | {named})
+
+
+def listed_ids(raw: dict[str, Any], key: str) -> list[int]:
+    """`raw[key]`, which may be a token id, a list of them, null or absent. Raises UsageError."""
+    value = raw.get(key)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in listed):
+        raise UsageError(f"{key} is {value!r}, expected a token id or a list of them")
+    return listed
 
 
 def generate(

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
 from .errors import FbiEdgeError, ModelFileError
+from .files import require_utf8
 
 FORMAT_VERSION = "1"
 
 # Field numbers of onnx.proto3. A wire type of 0 is a varint, 2 a length followed by that many bytes.
 _MODEL_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 _MODEL_GRAPH, _MODEL_METADATA = 7, 14
-_GRAPH_INITIALIZER, _TENSOR_EXTERNAL_DATA = 5, 13
+_GRAPH_INITIALIZER, _TENSOR_NAME, _TENSOR_EXTERNAL_DATA = 5, 8, 13
 
 
 class _Malformed(Exception):
@@ -31,6 +32,10 @@ class _Malformed(Exception):
 
 class _Truncated(Exception):
     """A field runs past the end; the argument is the smallest size in bytes that the file should have."""
+
+
+class _Misplaced(Exception):
+    """A tensor's external data is at no usable place; the argument says which and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class ModelFile:
     @classmethod
     def open(cls, path: Path) -> ModelFile:
         """Read the metadata of the model at `path`. Raises ModelFileError."""
+        require_utf8(path, ModelFileError)
         path = _resolve(Path(path))
         properties, external, size = _walk(path)
         if not any(key.startswith("fbiedge.") for key in properties):
@@ -62,7 +68,7 @@ class ModelFile:
                 f"{path} has format version {version}, this fbiedge reads {FORMAT_VERSION}; update fbiedge or export again"
             )
         try:
-            config = ModelConfig.from_dict(json.loads(metadata["config"]))
+            config = ModelConfig.from_dict(load_json(metadata["config"]))
         except (KeyError, ValueError, AttributeError, FbiEdgeError) as error:
             raise ModelFileError(f"{path} has an unusable fbiedge.config: {error}") from error
         return cls(
@@ -84,7 +90,7 @@ class ModelFile:
         if text is None:
             return None
         try:
-            return json.loads(text)
+            return load_json(text)
         except ValueError as error:
             raise ModelFileError(
                 f"{self.path} has unreadable JSON in fbiedge.{key} ({error}); export it again"
@@ -96,6 +102,29 @@ class ModelFile:
         if not isinstance(value, dict):
             raise ModelFileError(f"{self.path} has a {type(value).__name__} in fbiedge.{key}, expected a JSON object")
         return value
+
+
+def load_json(text: str) -> Any:
+    """As json.loads. JSON that is nested too deeply to read is a ValueError too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def external_place(entries: Mapping[str, str]) -> tuple[str, int, int]:
+    """File name, offset and length of a tensor's external data, from its entries in the file.
+
+    Only a plain name beside the model is followed. Raises ValueError, whose text goes on from the tensor's name.
+    """
+    location = entries.get("location", "")
+    if location in ("", ".", "..") or Path(location).name != location or "\\" in location or "\0" in location:
+        raise ValueError(f"lies in {location!r}, expected a file beside the model")
+    for key in ("offset", "length"):
+        text = entries.get(key, "")
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise ValueError(f"has {text!r} as the {key} of its data, expected a number of bytes")
+    return location, int(entries["offset"]), int(entries["length"])
 
 
 def _resolve(path: Path) -> Path:
@@ -138,6 +167,8 @@ def _walk(path: Path) -> tuple[dict[str, str], dict[str, int], int]:
         ) from error
     except (_Malformed, UnicodeDecodeError) as error:
         raise ModelFileError(f"{path} is not an ONNX file; expected a model.onnx made by `fbiedge export`") from error
+    except _Misplaced as error:
+        raise ModelFileError(f"{path}: {error}; export it again") from error
     except OSError as error:
         raise ModelFileError(f"can't read {path}: {error.strerror or error}") from error
     if not has_graph:
@@ -193,17 +224,19 @@ def _collect_external(data: mmap.mmap, start: int, end: int, external: dict[str,
     for number, _, tensor_start, tensor_end in _fields(data, start, end):
         if number != _GRAPH_INITIALIZER:
             continue
-        entries = dict(
-            _string_pair(data, first, last)
-            for field_number, _, first, last in _fields(data, tensor_start, tensor_end)
-            if field_number == _TENSOR_EXTERNAL_DATA
-        )
-        if "location" in entries:
+        name, entries = "", {}
+        for field_number, _, first, last in _fields(data, tensor_start, tensor_end):
+            if field_number == _TENSOR_NAME:
+                name = data[first:last].decode()
+            elif field_number == _TENSOR_EXTERNAL_DATA:
+                key, text = _string_pair(data, first, last)
+                entries[key] = text
+        if entries:
             try:
-                reach = int(entries.get("offset", "0")) + int(entries.get("length", "0"))
+                location, offset, length = external_place(entries)
             except ValueError as error:
-                raise _Malformed from error
-            external[entries["location"]] = max(reach, external.get(entries["location"], 0))
+                raise _Misplaced(f"{name} {error}") from error
+            external[location] = max(offset + length, external.get(location, 0))
 
 
 def _check_external(path: Path, external: dict[str, int]) -> dict[str, int]:
@@ -211,8 +244,6 @@ def _check_external(path: Path, external: dict[str, int]) -> dict[str, int]:
     sizes = {}
     for name, reach in external.items():
         data_path = path.parent / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ModelFileError(f"{path} keeps weights in {name!r}, outside its own folder; refused")
         if not data_path.is_file():
             raise ModelFileError(f"{data_path} does not exist; {path.name} keeps its weights there, copy it along")
         sizes[name] = data_path.stat().st_size

@@ -36,18 +36,18 @@ class SamplingOptions:
     seed: int | None = None  # None draws one
 
     def __post_init__(self) -> None:
+        # Beyond these bounds a temperature or a penalty only makes logits overflow.
         for name, low, high, wants in (
-            ("temperature", 0.0, math.inf, "a number of at least 0"),
+            ("temperature", 1e-30, 1e6, "0 (greedy) or a number from 1e-30 to 1e6"),
             ("top_p", 0.0, 1.0, "a number from 0 to 1"),
             ("min_p", 0.0, 1.0, "a number from 0 to 1"),
-            ("repetition_penalty", 0.0, math.inf, "a number above 0"),
+            ("repetition_penalty", 0.01, 100.0, "a number from 0.01 to 100 (1 is no penalty)"),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not low <= value <= high:
+            greedy = name == "temperature" and value == 0
+            if not number or not (greedy or low <= value <= high):  # also false for NaN
                 raise UsageError(f"{name} is {value!r}, expected {wants}")
-        if self.repetition_penalty == 0:
-            raise UsageError("repetition_penalty is 0, expected a number above 0 (1 is no penalty)")
         for name in ("top_k", "seed"):
             value = getattr(self, name)
             if name == "seed" and value is None:
@@ -74,12 +74,14 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
 
     def sample(self, logits: npt.NDArray[np.float32], context: Sequence[int] = ()) -> int:
-        """The next token for `logits` [vocab] after the tokens `context`. Raises ModelFileError for NaN logits."""
-        if math.isnan(logits.max()):
-            raise ModelFileError("the model computes NaN; its file is damaged or was exported from a broken checkpoint")
+        """The next token for `logits` [vocab] after the tokens `context`. Raises ModelFileError for NaN or Inf."""
         options = self.options
         if options.repetition_penalty != 1.0 and len(context):
             logits = penalize(logits, context[-PENALTY_WINDOW:], options.repetition_penalty)
+        if not math.isfinite(logits.max()):
+            raise ModelFileError(
+                "the model computes NaN or Inf; its file is damaged or was exported from a broken checkpoint"
+            )
         if options.temperature == 0:
             return int(logits.argmax())
         tokens, probabilities = candidates(logits, options)
@@ -93,7 +95,8 @@ def penalize(logits: npt.NDArray[np.float32], recent: Sequence[int], penalty: fl
     tokens = np.unique(np.asarray(recent, np.int64))
     penalized: npt.NDArray[np.float32] = logits.copy()
     chosen = penalized[tokens]
-    penalized[tokens] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    with np.errstate(over="ignore"):  # an Inf is found by whoever picks from them
+        penalized[tokens] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
     return penalized
 
 

@@ -12,6 +12,7 @@ of the attention mask changes. The buffers are zero pages until written, so a la
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,10 +71,11 @@ class Session:
     ) -> Session:
         """Open the model at `path`.
 
-        threads: default_threads() when None. accuracy_level: `int8` or `fp32` instead of what the file asks for.
+        threads: default_threads() when None. accuracy_level: `int8` or `fp32` in the binary linears instead of what the
+        file asks for; the head keeps what it was exported with (see head_activations).
         context: tokens the cache can hold, at most and by default the model's max_position_embeddings.
         Where the op library can't be loaded, the session runs on stock ops and `fallback_reason` says why.
-        Raises ModelFileError, UsageError.
+        Raises ModelFileError, UsageError (also for a context that memory can't hold).
         """
         if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
             raise UsageError(f"accuracy level is {accuracy_level!r}, expected one of {', '.join(ACCURACY_LEVELS)}")
@@ -116,6 +118,11 @@ class Session:
             isa=isa,
             fallback_reason=fallback_reason,
         )
+
+    @property
+    def head_activations(self) -> str:
+        """What the lm_head computes with, `int8` or `fp32`: that is in the file, whatever `accuracy_level` was chosen."""
+        return "fp32" if self.model.metadata.get("head") == "fp32" else self.model.accuracy_level
 
     @property
     def config(self) -> ModelConfig:
@@ -172,7 +179,7 @@ class Session:
         config = self.config
         shape = (1, config.num_key_value_heads, self.capacity, config.head_dim)
         self._input_ids = np.zeros((1, CHUNK), np.int64)
-        self._attention_mask = np.ones((1, self.capacity), np.int64)
+        self._attention_mask = np.zeros((1, self.capacity), np.int64)  # ones as far as it was ever read
         self._logits = np.zeros((1, 1, config.vocab_size), np.float32)
         self._kv_cache: list[npt.NDArray[np.float32]] = []
         self._binding = self._onnx.io_binding()
@@ -182,7 +189,14 @@ class Session:
                 past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
                 if past not in names or present not in names:
                     raise ModelFileError(f"{self.model.path} has no {past} or {present}; export it again")
-                buffer = _zeros(shape)
+                try:
+                    buffer = _zeros(shape)
+                except (MemoryError, ValueError) as error:  # ValueError: more than there are addresses
+                    total = 2 * config.num_hidden_layers * 4 * math.prod(shape)
+                    raise UsageError(
+                        f"a context of {self.capacity} tokens takes {total / 1e9:.1f} GB, more than there is memory; "
+                        "choose a smaller one with --context"
+                    ) from error
                 self._kv_cache.append(buffer)
                 self._binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
                 self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
@@ -209,6 +223,7 @@ class Session:
             binding.bind_output("logits", "cpu", 0, np.float32, logits_shape, self._logits.ctypes.data)
             self._bound_length = length
         self._input_ids[0, :length] = ids
+        self._attention_mask[0, self.position : total] = 1
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._attention_mask.ctypes.data)
         try:
             self._onnx.run_with_iobinding(binding)
@@ -242,7 +257,7 @@ def _register_op_library(options: Any) -> str:
 
 def _zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Zeros that start on a cache line; numpy promises only 16 bytes."""
-    line, size = 64, int(np.prod(shape)) * 4
+    line, size = 64, math.prod(shape) * 4
     raw = np.zeros(size + line, np.uint8)
     start = -raw.ctypes.data % line
     return raw[start : start + size].view(np.float32).reshape(shape)

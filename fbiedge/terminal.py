@@ -6,8 +6,10 @@ Answers go to stdout and everything about them to stderr, so that a pipe holds o
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,12 @@ _HELP = "/reset: new conversation · /exit or Ctrl-D: leave · Ctrl-C: stop an a
 
 
 def prepare_streams() -> None:
-    """UTF-8 in and out whatever the locale says; characters that can't be are replaced, never a traceback."""
+    """UTF-8 in and out whatever the locale says; characters that can't be are replaced, never a traceback.
+
+    What is written to a closed stdout or stderr goes nowhere; a closed stdin stays None.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -61,9 +68,27 @@ def print_text(text: str) -> None:
 
 def read_prompt() -> str:
     """The prompt that is piped in, without its last line break. Raises UsageError where there is none."""
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("there is no prompt; give one with -p TEXT or pipe one in")
     return sys.stdin.read().removesuffix("\n")
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does, so that half-written outputs are removed; the exit code is 143."""
+
+    def on_terminate(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough, and cleaning up must not be cut short
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
@@ -106,7 +131,11 @@ def describe_engine(session: Session) -> str:
     """Which kernels run, in a few words."""
     kernels = f"{session.isa} kernels" if session.isa else "stock ops fallback"
     threads = f"{session.threads} thread{'s' if session.threads > 1 else ''}"
-    return f"{kernels}, {session.accuracy_level} activations, {threads}, context {session.capacity}"
+    head = session.head_activations
+    activations = f"{session.accuracy_level} activations"
+    if head != session.accuracy_level:
+        activations += f" ({head} in the head)"
+    return f"{kernels}, {activations}, {threads}, context {session.capacity}"
 
 
 def print_stats(stats: GenerationStats, session: Session, *, engine: bool) -> None:
@@ -137,6 +166,8 @@ def run_chat(chat: Chat) -> None:
 
     In a pipe, raises FbiEdgeError where a turn can't be answered; at a terminal it says so and goes on.
     """
+    if sys.stdin is None:
+        raise UsageError("there is no input, stdin is closed; run chat at a terminal or pipe turns in")
     if not sys.stdin.isatty():
         for line in sys.stdin:
             command = line.strip()
@@ -271,8 +302,9 @@ def _capture(table: Table, width: int) -> str:
     return capture.get().rstrip("\n")
 
 
-def print_export(report: Any, loss: Any) -> None:
-    """What `export_onnx` wrote and what `verify_export` measured."""
+def print_export(report: Any) -> None:
+    """What `export_onnx` wrote, and what it had measured before."""
+    loss = report.loss
     files = {report.model: report.model_bytes} | ({report.data: report.data_bytes} if report.data else {})
     for path, size in files.items():
         print_text(f"wrote {path} ({size:,} bytes)")

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from .bits import pack_bits, unpack_bits
 from .config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from .errors import CheckpointError, OutputError
-from .files import atomic_directory
+from .files import atomic_directory, require_utf8
 from .tensor_store import TensorStore, open_store, read_json
 
 SIDECARS = (
@@ -91,6 +91,7 @@ def open_checkpoint(path: Path) -> Weights:
     or scales that contradict config.json.
     """
     path = Path(path)
+    require_utf8(path, CheckpointError)
     if not path.is_dir():
         what = "is a file" if path.exists() else "doesn't exist"
         raise CheckpointError(f"{path} {what}; expected a checkpoint folder with config.json and weights")

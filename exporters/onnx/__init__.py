@@ -1,6 +1,6 @@
 """ONNX exporter: one file with bit-packed `BinaryMatMul` nodes, written tensor by tensor, read back and checked.
 
-    export_onnx(weights, Path("model.onnx"))            write
+    export_onnx(weights, Path("model.onnx"))            write; with verify_on=ids it appears only if it is right
     verify_export(weights, Path("model.onnx"), ids)     compare with the numpy reference
     open_onnx(Path("model.onnx"))                       read the weights back
 

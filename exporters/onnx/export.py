@@ -12,6 +12,8 @@ from onnx import FunctionProto, GraphProto, ModelProto, helper
 
 import fbiedge
 from fbiedge.config import ModelConfig
+from fbiedge.errors import OutputError, UsageError
+from fbiedge.files import require_utf8
 from fbiedge.weights import Weights
 
 from .fallback import DOMAIN, OPSET, binary_matmul_function
@@ -19,7 +21,9 @@ from .graph import CONTRIB, build_graph
 from .metadata import make_metadata
 from .options import AccuracyLevel, ExportOptions, Head, Storage
 from .plan import Losses, inventory, plan_tensors
-from .writer import EMBED_LIMIT_BYTES, Progress, write_model
+from .reader import OnnxWeights
+from .verify import VerifyReport, check_export
+from .writer import EMBED_LIMIT_BYTES, Progress, data_path, write_model
 
 IR_VERSION = 10
 
@@ -34,6 +38,7 @@ class ExportReport:
     data_bytes: int
     inventory: Sequence[dict[str, Any]]  # sizes by group, see plan.inventory
     zeros: int  # latent weights that were exactly 0 and became +1
+    loss: VerifyReport | None  # what the file computes differently, where it was checked
     seconds: float
 
 
@@ -47,21 +52,32 @@ def export_onnx(
     block_scales: Storage = "fp16",
     embed_limit_bytes: int = EMBED_LIMIT_BYTES,
     progress: Progress | None = None,
+    verify_on: Sequence[int] | None = None,
 ) -> ExportReport:
     """Write `weights` as an ONNX model at `out`, replacing an older file, holding about one tensor in memory.
 
-    Raises UsageError (an option or head_dim that can't be), CheckpointError (weights that contradict their config) or
-    OutputError (disk full, no permission); then nothing new is left at `out`.
+    With the token ids `verify_on`, the file is compared with `weights` before it appears (see verify.check_export).
+    Raises UsageError (an option or head_dim that can't be, an output that is the source), CheckpointError (weights that
+    contradict their config, a tokenizer or other file beside them that can't be used) or OutputError (disk full, no
+    permission, a file that came out wrong); then nothing new is left at `out`.
     """
     started = time.perf_counter()
     out = Path(out)
+    require_utf8(out, OutputError)
+    _refuse_source(weights, out)
     options = ExportOptions(accuracy_level=accuracy_level, head=head, embedding=embedding, block_scales=block_scales)
     losses = Losses()
     sources = list(plan_tensors(weights, options, losses))
     rows = inventory([spec for source in sources for spec in source.specs])
     model = _model(weights.config, build_graph(weights.config, options))
     helper.set_model_props(model, make_metadata(weights.config, weights.files, options, rows))
-    written = write_model(model, sources, out, embed_limit_bytes=embed_limit_bytes, progress=progress)
+    loss: list[VerifyReport] = []
+
+    def check(path: Path) -> None:
+        if verify_on is not None:
+            loss.append(check_export(weights, path, verify_on))
+
+    written = write_model(model, sources, out, embed_limit_bytes=embed_limit_bytes, progress=progress, check=check)
     return ExportReport(
         model=written.model,
         data=written.data,
@@ -69,8 +85,17 @@ def export_onnx(
         data_bytes=written.data_bytes,
         inventory=rows,
         zeros=losses.zeros,
+        loss=loss[0] if loss else None,
         seconds=time.perf_counter() - started,
     )
+
+
+def _refuse_source(weights: Weights, out: Path) -> None:
+    """A model is read while it is written out again, so it can't be its own output."""
+    sources = weights.paths if isinstance(weights, OnnxWeights) else ()
+    for target in (out, data_path(out)):
+        if any(target.exists() and target.samefile(source) for source in sources):
+            raise UsageError(f"{target} belongs to the model that is exported; choose another name for the output")
 
 
 def _model(config: ModelConfig, graph: GraphProto) -> ModelProto:

@@ -22,9 +22,10 @@ from typing import Any
 import fbiedge
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, ModelFileError
-from fbiedge.model_file import FORMAT_VERSION
+from fbiedge.model_file import FORMAT_VERSION, load_json
 
 from .options import ExportOptions
+from .sidecars import chat_template, check_sidecars
 
 _FILE_KEYS = {
     "tokenizer.json": "fbiedge.tokenizer",
@@ -38,7 +39,8 @@ _FILE_KEYS = {
 def make_metadata(
     config: ModelConfig, files: Mapping[str, str], options: ExportOptions, inventory: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """The properties of a new file. Raises CheckpointError for a tokenizer_config.json that isn't a JSON object."""
+    """The properties of a new file. Raises CheckpointError for `files` that the runtime couldn't use."""
+    check_sidecars(files)
     metadata = {
         "fbiedge.format_version": FORMAT_VERSION,
         "fbiedge.producer": f"fbiedge {fbiedge.__version__}",
@@ -48,10 +50,8 @@ def make_metadata(
         "fbiedge.inventory": json.dumps(list(inventory)),
     }
     metadata |= {key: files[name] for name, key in _FILE_KEYS.items() if name in files}
-    if "fbiedge.chat_template" not in metadata and "tokenizer_config.json" in files:
-        template = _chat_template(files["tokenizer_config.json"])
-        if template is not None:
-            metadata["fbiedge.chat_template"] = template
+    if template := chat_template(files):
+        metadata["fbiedge.chat_template"] = template
     return metadata
 
 
@@ -65,15 +65,7 @@ def read_metadata(metadata: Mapping[str, str], what: object) -> tuple[ModelConfi
             f"{what} has format version {version}, this fbiedge reads {FORMAT_VERSION}; update fbiedge or export again"
         )
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["fbiedge.config"]))
+        config = ModelConfig.from_dict(load_json(metadata["fbiedge.config"]))
     except (KeyError, ValueError, AttributeError, CheckpointError) as error:
         raise ModelFileError(f"{what} has unusable metadata fbiedge.config ({error}); export it again") from error
     return config, {name: metadata[key] for name, key in _FILE_KEYS.items() if key in metadata}
-
-
-def _chat_template(tokenizer_config: str) -> str | None:
-    try:
-        template = json.loads(tokenizer_config).get("chat_template")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"tokenizer_config.json is not a JSON object ({error})") from error
-    return template if isinstance(template, str) else None

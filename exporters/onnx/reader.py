@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 from fbiedge.bits import untile_bits
 from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.errors import ModelFileError
+from fbiedge.model_file import external_place
 from fbiedge.weights import BinaryLinear, Weights
 
 from .fallback import DOMAIN, OP_TYPE
@@ -100,6 +101,12 @@ class OnnxWeights:
         packed = untile_bits(tiles, n, k)
         return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files that are read while the weights are in use."""
+        external = (tensor for tensor in self.tensors.values() if tensor.data_location == TensorProto.EXTERNAL)
+        return {self.path} | {_external(self.path, tensor)[0] for tensor in external}
+
     def _read(self, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
         if name not in self.tensors:
             raise ModelFileError(f"{self.path} lacks the tensor {name}; export it again")
@@ -162,15 +169,9 @@ def _check_storage(path: Path, tensor: TensorProto) -> None:
 
 
 def _external(path: Path, tensor: TensorProto) -> tuple[Path, int, int]:
-    """File, offset and length of external data; only a plain name beside the model is followed."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    if not location or Path(location).name != location:
-        raise ModelFileError(f"{path}: {tensor.name} lies in {location!r}, expected a file beside the model")
+    """File, offset and length of external data."""
     try:
-        offset, length = int(entries["offset"]), int(entries["length"])
-    except (KeyError, ValueError) as error:
-        raise ModelFileError(f"{path}: {tensor.name} has no usable offset and length of its data") from error
-    if offset < 0 or length < 0:
-        raise ModelFileError(f"{path}: {tensor.name} has a negative offset or length of its data")
+        location, offset, length = external_place({entry.key: entry.value for entry in tensor.external_data})
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {tensor.name} {error}; export it again") from error
     return path.with_name(location), offset, length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import ModelFileError, OpLibraryError, UsageError
+from fbiedge.errors import ModelFileError, OpLibraryError, OutputError, UsageError
 from fbiedge.metrics import compare_logits
 from fbiedge.ops_library import library_path
 from fbiedge.reference import Reference
@@ -36,6 +36,9 @@ DEFAULT_TOKENS = 128
 RESIDENT_LIMIT_BYTES = 2 * 1000**3
 _MULTIPLY_ADDS = 100 * 1000**3  # a few seconds of numpy on two cores
 _FEWEST_TOKENS = 16
+
+# No accuracy level costs a tenth of this; a file that loses more computes another model.
+_WRONG_ABOVE_NATS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,18 @@ def verify_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) ->
         op_library=fallback_reason is None,
         note=f"{len(ids)} tokens{cut}, through {engine}",
     )
+
+
+def check_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) -> VerifyReport:
+    """As `verify_export`, and raises OutputError where the file is no approximation of `weights` but wrong."""
+    report = verify_export(weights, onnx_path, text_ids)
+    if not (report.kl_divergence <= _WRONG_ABOVE_NATS and isfinite(report.max_logit_error)):
+        raise OutputError(
+            f"the export came out wrong and was dropped: against the numpy reference its max logit error is "
+            f"{report.max_logit_error:.3g} and its KL divergence {report.kl_divergence:.3g} nats, expected below "
+            f"{_WRONG_ABOVE_NATS:g}; try --accuracy-level fp32 --head fp32"
+        )
+    return report
 
 
 def default_text_ids(weights: Weights, text: str | None = None) -> list[int]:

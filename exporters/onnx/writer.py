@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from onnx import ModelProto, TensorProto
 
 from fbiedge.errors import OutputError
-from fbiedge.files import atomic_file
+from fbiedge.files import atomic_files, real_target
 
 from .plan import Source, TensorSpec
 
@@ -55,36 +55,42 @@ def write_model(
     *,
     embed_limit_bytes: int = EMBED_LIMIT_BYTES,
     progress: Progress | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> WrittenFiles:
     """Write `model` with the tensors of `sources` as initializers; an older file of that name is replaced.
 
-    Raises OutputError where the disk refuses, and whatever reading a source raises; then nothing is left behind.
+    `check(path)` tries the finished file where it lies for now; what it raises keeps the file from appearing.
+    Raises OutputError where the disk refuses, and whatever reading a source or `check` raises; then nothing is left
+    behind, and an older file is as it was.
     """
     specs = [spec for source in sources for spec in source.specs]
     total = sum(spec.nbytes for spec in specs)
     external = total > embed_limit_bytes
     _require_room(target, total)
-    data_target = data_path(target)
-    with ExitStack() as stack:
-        # 1. Temporary names. The stack unwinds backwards: the data file is renamed first, the model that needs it last.
-        model_file = stack.enter_context(atomic_file(target))
-        data: BinaryIO | None = None
-        if external:
-            data = stack.enter_context(open(stack.enter_context(atomic_file(data_target)), "wb"))
+    target = real_target(target, "a file") if target.is_symlink() else target  # the data lies beside the file itself
+    data_target, replaces = data_path(target), target.exists()
+    if external:
+        real_target(data_target, "a file")
+    # 1. Temporary names, in a folder of their own: there the model finds its data under the final name.
+    with atomic_files(target) as model_file:
         # 2. Tensors, in order; each leaves an initializer with its data or with its place in the data file.
-        done = 0
-        for source in sources:
-            for spec, array in zip(source.specs, source.read(), strict=True):
-                model.graph.initializer.append(_initializer(spec, array, data, data_target.name))
-                done += spec.nbytes
-                if progress is not None:
-                    progress(spec.name, done, total)
-        data_bytes = data.tell() if data is not None else 0
+        data_bytes = done = 0
+        with open(data_path(model_file), "wb") if external else nullcontext() as data:
+            for source in sources:
+                for spec, array in zip(source.specs, source.read(), strict=True):
+                    model.graph.initializer.append(_initializer(spec, array, data, data_target.name))
+                    done += spec.nbytes
+                    if progress is not None:
+                        progress(spec.name, done, total)
+            data_bytes = data.tell() if data is not None else 0
         # 3. The model itself.
         with open(model_file, "wb") as file:
             model_bytes = file.write(model.SerializeToString())
-    if not external:
-        data_target.unlink(missing_ok=True)  # what an earlier, larger model of this name left
+        if check is not None:
+            check(model_file)
+    if replaces and not external:
+        with suppress(OSError):
+            data_target.unlink()  # what an earlier, larger model of this name left
     return WrittenFiles(
         model=target, data=data_target if external else None, model_bytes=model_bytes, data_bytes=data_bytes
     )

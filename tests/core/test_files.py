@@ -164,20 +164,20 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path, exists: bool) -> 
 
 def test_files_that_belong_together_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "new/model.onnx"
-    with atomic_files(target) as staging:
-        (staging / "model.onnx").write_text("1")
-        (staging / "model.onnx.data").write_text("2")
-        assert not target.exists()
+    with atomic_files(target) as temporary:
+        temporary.write_text("1")
+        temporary.with_name("model.onnx.data").write_text("2")
+        assert temporary.name == "model.onnx" and not target.exists()
     assert names(target.parent) == ["model.onnx", "model.onnx.data"]
     renamed: list[str] = []
     rename = os.replace
     monkeypatch.setattr(os, "replace", lambda source, to: (renamed.append(Path(to).name), rename(source, to)))
-    with atomic_files(target) as staging:
-        (staging / "model.onnx").write_text("1")
-        (staging / "model.onnx.data").write_text("2")
+    with atomic_files(target) as temporary:
+        temporary.write_text("1")
+        temporary.with_name("model.onnx.data").write_text("2")
     assert renamed == ["model.onnx.data", "model.onnx"], "the file that needs the other comes last"
-    with pytest.raises(ValueError, match="broken"), atomic_files(target) as staging:
-        (staging / "model.onnx").write_text("half")
+    with pytest.raises(ValueError, match="broken"), atomic_files(target) as temporary:
+        temporary.write_text("half")
         raise ValueError("broken")
     assert target.read_text() == "1" and names(target.parent) == ["model.onnx", "model.onnx.data"]
 

@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 from support.stories260k import GOLDEN, PROMPT
 
-from fbiedge import __version__, cli
+from fbiedge import __version__
 
-from .conftest import NO_LIBRARY
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fbiedge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """fbiedge(*arguments, stdin=None) -> exit code, stdout, stderr."""
-
-    def run(*arguments: object, stdin: str | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((stdin or "").encode())))
-        code = cli.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fbiedge.cli", *map(str, arguments)],
-        check=False, capture_output=True, text=True, timeout=60, **options,  # type: ignore[call-overload]
-    )  # fmt: skip
-
-
-def one_error_line(result: tuple[int, str, str]) -> str:
-    """The message of a failed command, which is one line on stderr and nothing on stdout."""
-    code, out, err = result
-    assert code == 2
-    assert out == ""
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
-    return err
+from .conftest import NO_LIBRARY, Run, command, one_error_line
 
 
 def test_version(fbiedge: Run) -> None:
