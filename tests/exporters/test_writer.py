@@ -15,8 +15,8 @@ from support.checkpoints import small_config
 from support.onnx_llama import OnnxLlama
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import CheckpointError, OutputError
-from fbiedge.exporters.onnx import export_onnx
+from fbiedge.errors import CheckpointError, OutputError, UsageError
+from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.weights import BinaryLinear, Weights
 
 
@@ -167,6 +167,49 @@ def test_a_full_disk_is_said_before_writing(weights: Weights, tmp_path: Path, mo
     with pytest.raises(OutputError, match=r"it needs 0 MB and .* has 0 MB free; nothing was written"):
         export_onnx(weights, out / "model.onnx")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["external", "embedded"])
+def test_what_a_check_refuses_does_not_appear(limit: int, weights: Weights, tmp_path: Path) -> None:
+    """The check sees a whole model; only then it replaces the earlier one."""
+    out = tmp_path / "out"
+    export_onnx(weights, out / "model.onnx", embed_limit_bytes=limit)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    report = export_onnx(weights, out / "model.onnx", embed_limit_bytes=limit, verify_on=[3, 1, 4], head="fp32")
+    assert report.loss is not None and report.loss.kl_divergence < 0.1
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert after.keys() == before.keys() and after != before
+    with pytest.raises(UsageError, match="at least one token"):
+        export_onnx(weights, out / "model.onnx", embed_limit_bytes=limit, verify_on=[])
+    with pytest.raises(UsageError, match="at least one token"):
+        export_onnx(weights, out / "new.onnx", embed_limit_bytes=limit, verify_on=[])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == after
+
+
+def test_a_link_leads_to_the_file_that_is_replaced(weights: Weights, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "elsewhere/real.onnx")
+    report = export_onnx(weights, tmp_path / "link.onnx", embed_limit_bytes=0)
+    assert report.model == tmp_path / "elsewhere/real.onnx"
+    assert report.data == tmp_path / "elsewhere/real.onnx.data" and report.data.is_file()
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert open_onnx(report.model).config == weights.config
+
+
+def test_data_that_would_replace_a_folder_is_refused_before_writing(weights: Weights, tmp_path: Path) -> None:
+    (tmp_path / "out/model.onnx.data").mkdir(parents=True)
+    read: list[str] = []
+    with pytest.raises(OutputError, match=r"model.onnx.data: it is a folder"):
+        export_onnx(
+            weights, tmp_path / "out/model.onnx", embed_limit_bytes=0, progress=lambda name, *_: read.append(name)
+        )
+    assert read == [] and [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx.data"]
+
+
+def test_somebody_elses_data_stays(weights: Weights, tmp_path: Path) -> None:
+    (tmp_path / "notes.data").write_text("precious")
+    export_onnx(weights, tmp_path / "notes")
+    assert (tmp_path / "notes.data").read_text() == "precious"
 
 
 def test_a_folder_as_target_is_refused(weights: Weights, tmp_path: Path) -> None:

@@ -163,6 +163,9 @@ def test_penalty_forgets_what_is_long_ago() -> None:
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", "hot"),
+        ("temperature", 1e-310),
+        ("temperature", 1e300),
+        ("temperature", 10**400),
         ("top_k", -1),
         ("top_k", 2.5),
         ("top_p", 1.1),
@@ -172,6 +175,8 @@ def test_penalty_forgets_what_is_long_ago() -> None:
         ("min_p", math.nan),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1),
+        ("repetition_penalty", 1e-320),
+        ("repetition_penalty", 1e300),
         ("repetition_penalty", math.nan),
         ("seed", -1),
         ("seed", True),
@@ -182,9 +187,20 @@ def test_unusable_values_are_refused_by_name(name: str, value: object) -> None:
         SamplingOptions(**{name: value})  # type: ignore[arg-type]
 
 
-def test_nan_logits_are_reported() -> None:
-    with pytest.raises(ModelFileError, match="NaN"):
-        Sampler(SamplingOptions(temperature=0)).sample(np.array([1, math.nan, 2], np.float32))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_reported(value: float) -> None:
+    with pytest.raises(ModelFileError, match="NaN or Inf"):
+        Sampler(SamplingOptions(temperature=0)).sample(np.array([1, value, 2], np.float32))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-30, 1.0, 1e6])
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_bounds_themselves_are_quiet(temperature: float, penalty: float) -> None:
+    sampler = Sampler(SamplingOptions(temperature=temperature, repetition_penalty=penalty, top_p=1e-320, min_p=1e-320))
+    assert 0 <= sampler.sample(np.array([-1e30, 1e30, 0, -math.inf], np.float32), [0, 1, 2]) < 4
+    with pytest.raises(ModelFileError, match="NaN or Inf"):
+        Sampler(SamplingOptions(repetition_penalty=0.01)).sample(np.array([1, 3e38], np.float32), [1])
 
 
 def test_generation_config_recommends_and_the_user_decides() -> None:

@@ -293,17 +293,31 @@ def test_external_data_missing_or_cut_short(external_model: Path, tmp_path: Path
         Session.open(path)
 
 
-@pytest.mark.parametrize("location", ["/etc/passwd", "../secret.data"])
-def test_external_data_outside_the_folder_is_refused(external_model: Path, tmp_path: Path, location: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *(("location", place, f"lies in {place!r}, expected a file beside the model") for place in
+          ("/etc/passwd", "../secret.data", "sub/model.onnx.data", "..", "", "a\\b", "a\0b")),
+        *(("offset", text, f"has {text!r} as the offset of its data") for text in ("-4096", "many", "9" * 30, "")),
+        ("length", "-1", "has '-1' as the length of its data"),
+    ],
+)  # fmt: skip
+def test_external_data_at_no_usable_place(
+    external_model: Path, tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    """The runtime and the exporter follow one rule."""
+    from fbiedge.exporters.onnx import open_onnx
+
     model = onnx.load(external_model, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "model.embed_tokens.weight")
+    (entry,) = (entry for entry in tensor.external_data if entry.key == key)
+    entry.value = value
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ModelFileError, match=re.escape(location)):
-        Session.open(path)
+    shutil.copy(external_model.with_name("model.onnx.data"), tmp_path)
+    for opened in (Session.open, open_onnx):
+        with pytest.raises(ModelFileError, match=re.escape(f"model.embed_tokens.weight {message}")):
+            opened(path)
 
 
 # The op library: what is wrong with it is said once, and the model runs all the same.
