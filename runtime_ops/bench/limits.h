@@ -4,7 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-// Bytes a second that a plain loop over `bytes` of memory reads, in GB/s: the fastest of a few passes.
+// Bytes a second that a plain loop over `bytes` of memory reads, in GB/s: the fastest slice of a few passes, as kernels
+// are given by their fastest run. `bytes` beyond the last-level cache measure memory.
 double read_gigabytes_per_second(const uint8_t* data, size_t bytes);
 
 // Multiply-accumulates a second, in GMAC/s, of the instruction that `isa` multiplies int8 with, on registers alone:
