@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper  # noqa: TID253
 
 from fbiedge.bits import TILE_ROWS
 from fbiedge.config import BLOCK_SIZE, ScalingPattern

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx  # noqa: TID253
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper  # noqa: TID253
 
 from fbiedge.bits import untile_bits
 from fbiedge.config import BLOCK_SIZE, ModelConfig

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto  # noqa: TID253
 
 from fbiedge.errors import OutputError
 from fbiedge.files import atomic_files, real_target

@@ -44,6 +44,12 @@ def test_native_tests_pass_under_sanitizers(tmp_path: Path) -> None:
     assert ", 0 failed" in output
 
 
+def test_onnx_runtime_is_told_the_reason(tmp_path: Path) -> None:
+    """Whatever fails inside the op, also in ONNX Runtime's own threads: its message, not "out of memory"."""
+    folder = build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DFBIEDGE_SANITIZE=ON", target="test_ort_errors")
+    assert call(folder / "test_ort_errors", env={"ASAN_OPTIONS": "detect_leaks=0"}) == "0 failed\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="nm's letters are those of ELF")
 def test_kernel_objects_have_no_weak_symbols(tmp_path: Path) -> None:
     """Built without optimisation, where nothing is inlined away.

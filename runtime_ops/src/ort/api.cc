@@ -5,9 +5,12 @@
 namespace fbiedge {
 
 void check(const OrtApi& api, OrtStatus* status) {
-    if (!status) return;
+    if (status) throw OpError{take_message(api, status)};
+}
+
+std::string take_message(const OrtApi& api, OrtStatus* status) {
     const std::unique_ptr<OrtStatus, void(FBIEDGE_ORT_CALL*)(OrtStatus*)> owner(status, api.ReleaseStatus);
-    throw OpError{api.GetErrorMessage(status)};
+    return api.GetErrorMessage(status);
 }
 
 TensorView view(const OrtApi& api, const OrtValue* value) {

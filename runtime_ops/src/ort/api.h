@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,9 @@ struct OpError {
 // Throws OpError with the status's message, and releases the status, unless it is null (success).
 void check(const OrtApi& api, OrtStatus* status);
 
+// The status's message; the status is released.
+std::string take_message(const OrtApi& api, OrtStatus* status);
+
 // Runs body; what it throws becomes a status. Nothing may be thrown across the C boundary.
 template <typename Body>
 OrtStatus* guarded(const OrtApi& api, Body body) noexcept {
@@ -36,8 +41,12 @@ OrtStatus* guarded(const OrtApi& api, Body body) noexcept {
         return nullptr;
     } catch (const OpError& error) {
         return api.CreateStatus(ORT_INVALID_ARGUMENT, error.message.c_str());
-    } catch (...) {
+    } catch (const std::bad_alloc&) {
         return api.CreateStatus(ORT_RUNTIME_EXCEPTION, "fbiedge: out of memory");
+    } catch (const std::exception& error) {
+        return api.CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+    } catch (...) {
+        return api.CreateStatus(ORT_RUNTIME_EXCEPTION, "fbiedge: unknown exception");
     }
 }
 

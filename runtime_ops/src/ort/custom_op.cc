@@ -32,13 +32,13 @@ void create_kernel(const BinaryMatMulOp& op, const OrtKernelInfo* info, void** o
 struct OrtPool {
     const OrtApi& api;
     const OrtKernelContext* context;
+    OrtStatus* status;  // of the run that failed, null while none has
 };
 
 bool run_on_pool(void* data, size_t count, void (*fn)(void*, size_t), void* fn_data) {
-    const OrtPool& pool = *static_cast<const OrtPool*>(data);
-    OrtStatus* status = pool.api.KernelContext_ParallelFor(pool.context, fn, count, 0, fn_data);
-    if (status) pool.api.ReleaseStatus(status);
-    return !status;
+    OrtPool& pool = *static_cast<OrtPool*>(data);
+    pool.status = pool.api.KernelContext_ParallelFor(pool.context, fn, count, 0, fn_data);
+    return !pool.status;
 }
 
 void compute(const Kernel& kernel, OrtKernelContext* context) {
@@ -60,11 +60,12 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
     check(api, api.KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &y_value));
     void* y = nullptr;
     check(api, api.GetTensorMutableData(y_value, &y));
-    OrtPool pool = {api, context};
+    OrtPool pool = {api, context, nullptr};
     const ParallelFor parallel = {run_on_pool, &pool};
     const auto* x = static_cast<const float*>(a.data);
     if (!binary_matmul(matrix, kernel.kernels, x, m, static_cast<float*>(y), parallel)) {
-        throw OpError{"fbiedge BinaryMatMul node '" + kernel.node.name + "': out of memory"};
+        const std::string what = "fbiedge BinaryMatMul node '" + kernel.node.name + "': ";
+        throw OpError{what + (pool.status ? take_message(api, pool.status) : "out of memory")};
     }
 }
 
