@@ -146,8 +146,8 @@ def _documents(path: Path) -> Iterator[str]:
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two runs.")],
-    teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1600,
-    student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3200,
+    teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1500,
+    student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3600,
 ) -> None:
     """Train teacher and student of the bundled model."""
     console = Console()
