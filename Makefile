@@ -7,7 +7,7 @@ NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -p
 DATA ?= ../shared/data
 RUNS ?= runs/default
 
-.PHONY: chat test test-native-asan check format model bench-ops bench-peers clean
+.PHONY: chat test test-native-asan check format model bench-ops bench-peers bench-levels clean
 
 chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
 	@$(BIN)/fbiedge chat
@@ -34,6 +34,9 @@ bench-peers: $(VENV)/dev.stamp .venv-peers/stamp  ## fbiedge beside stock ONNX R
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 gguf==0.19.0
 	@touch $@
+
+bench-levels: $(VENV)/dev.stamp  ## what each accuracy level of the bundled model costs on TEXT; last line JSON
+	@$(BIN)/python tests/benchmarks/levels.py fbiedge/models/default.onnx $(TEXT)
 
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .
