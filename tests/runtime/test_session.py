@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -369,3 +371,15 @@ def test_the_int8_level_is_the_same_on_every_isa_and_thread_count(
             logits = [*session.all_logits(IDS[:30]), *(session.forward([token]) for token in IDS[30:])]
             expected = logits if expected is None else expected
             np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_cache_takes_memory_only_where_it_is_written() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident_bytes()
+    cache = session_module._zeros((1, 64, 8192, 64))  # 134 MB
+    assert cache.flags.writeable and not cache[0, :, 0].any()
+    cache[0, :, 0] = 1.0  # what the first token writes: one row a head
+    assert resident_bytes() - before < 10_000_000
