@@ -150,14 +150,14 @@ class Session:
         self._check(ids)
         rows = self._logits[0]
         for start in range(0, len(ids), CHUNK):
-            rows = self._run(ids[start : start + CHUNK])
+            rows = self._run(ids[start : start + CHUNK], keep=1)
         return np.array(rows[-1])  # a copy, because the next run writes over the buffer
 
     def all_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append `ids` to the cache -> logits [len(ids), vocab], row t for the token after ids[t]. Raises UsageError."""
         self._check(ids)
-        rows = [self._run(ids[start : start + CHUNK]).copy() for start in range(0, len(ids), CHUNK)]
-        return np.concatenate(rows)
+        chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+        return np.concatenate([self._run(chunk, keep=len(chunk)).copy() for chunk in chunks])
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens. Raises UsageError where there are fewer."""
@@ -203,7 +203,11 @@ class Session:
                 self._kv_cache.append(buffer)
                 self._binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
                 self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-        self._bound_length = 0  # tokens of a run that input_ids and logits are bound for
+        if "logits_to_keep" not in {entry.name for entry in self._onnx.get_overridable_initializers()}:
+            raise ModelFileError(f"{self.model.path} has no logits_to_keep; export it again")
+        self._keep = np.zeros(1, np.int64)
+        self._binding.bind_input("logits_to_keep", "cpu", 0, np.int64, (1,), self._keep.ctypes.data)
+        self._bound = (0, 0)  # tokens of a run, and rows of logits, that input_ids and logits are bound for
 
     def _check(self, ids: Sequence[int]) -> None:
         if not len(ids):
@@ -214,17 +218,18 @@ class Session:
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise UsageError(f"token ids run from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}")
 
-    def _run(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """One step of at most CHUNK tokens -> logits [len(ids), vocab], valid until the next run."""
+    def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:
+        """One step of at most CHUNK tokens -> the last `keep` rows of logits [keep, vocab], valid until the next run."""
         length, binding = len(ids), self._binding
         total = self.position + length
-        if length != self._bound_length:
-            if length > self._logits.shape[1]:
-                self._logits = np.zeros((1, min(length, CHUNK), self.config.vocab_size), np.float32)
-            logits_shape = (1, length, self.config.vocab_size)
+        if (length, keep) != self._bound:
+            if keep > self._logits.shape[1]:
+                self._logits = np.zeros((1, keep, self.config.vocab_size), np.float32)
+            logits_shape = (1, keep, self.config.vocab_size)
             binding.bind_input("input_ids", "cpu", 0, np.int64, (1, length), self._input_ids.ctypes.data)
             binding.bind_output("logits", "cpu", 0, np.float32, logits_shape, self._logits.ctypes.data)
-            self._bound_length = length
+            self._keep[0] = keep
+            self._bound = (length, keep)
         self._input_ids[0, :length] = ids
         self._attention_mask[0, self.position : total] = 1
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._attention_mask.ctypes.data)
@@ -236,7 +241,7 @@ class Session:
             ) from error
         # Last, and in one step: if Ctrl-C comes before it, the rows written to the cache are as if they weren't there.
         self._tokens.extend(ids)
-        return self._logits.reshape(-1, self.config.vocab_size)[:length]
+        return self._logits.reshape(-1, self.config.vocab_size)[:keep]
 
 
 def _register_op_library(options: Any) -> str:

@@ -1,12 +1,13 @@
 """The graph of a Llama, binary or not, built node by node; its weights are only named here (see plan.py).
 
 Inputs and outputs have onnxruntime-genai's names. Keys and values stay in place when one buffer of maximal length is
-bound as past and present of a layer. Logits come for every position, which perplexity needs.
+bound as past and present of a layer. `logits_to_keep` (an input with a default, named as in transformers) says for how
+many of the last positions logits are computed; 0, the default, is all. A prompt needs one row, perplexity needs all.
 
     x = embedding[input_ids]
     per layer:  x += o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
                 x += down_proj(silu(gate_proj(norm(x))) · up_proj(norm(x)))
-    logits = lm_head(norm(x))
+    logits = lm_head(norm(x)[-logits_to_keep:])
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .head import BLOCK as HEAD_BLOCK
 from .options import ACCURACY_LEVELS, ExportOptions
 
 CONTRIB = "com.microsoft"
+KEEP = "logits_to_keep"
 
 # GroupQueryAttention rejects other head sizes when it runs (ONNX Runtime 1.18 to 1.31).
 _HEAD_DIM_MULTIPLE = 8
@@ -55,11 +57,12 @@ def _inputs(config: ModelConfig) -> list[ValueInfoProto]:
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence_length"]),
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total_sequence_length"]),
     ]
-    return infos + _cache_infos(config, "past_key_values", "past_sequence_length")
+    infos += _cache_infos(config, "past_key_values", "past_sequence_length")
+    return [*infos, helper.make_tensor_value_info(KEEP, TensorProto.INT64, [1])]
 
 
 def _outputs(config: ModelConfig) -> list[ValueInfoProto]:
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence_length", config.vocab_size])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "logits_length", config.vocab_size])
     return [logits, *_cache_infos(config, "present", "present_sequence_length")]
 
 
@@ -204,7 +207,12 @@ class _Builder:
         return self.node("RotaryEmbedding", name, inputs, domain=CONTRIB, interleaved=0)
 
     def head(self) -> None:
-        x = self.norm("model.norm")
+        # -0 is 0, where a slice of all rows begins. As the input has an initializer, sessions needn't give it.
+        self.constant(KEEP, [0])
+        far = self.constant("constants.far", [np.iinfo(np.int64).max])
+        axis = self.constant("constants.sequence_axis", [1])
+        first = self.node("Neg", "lm_head.first_row", [KEEP])
+        x = self.node("Slice", "lm_head.rows", [self.norm("model.norm"), first, far, axis])
         if self.options.head == "fp32":
             self.node("MatMul", "lm_head", [x, "lm_head.weight"], ["logits"])
             return

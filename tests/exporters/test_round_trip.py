@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto
@@ -20,6 +21,7 @@ from fbiedge.errors import CheckpointError, UsageError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.exporters.onnx.head import dequantize_head, quantize_head
 from fbiedge.exporters.onnx.plan import tile_scales, untile_scales
+from fbiedge.initialize import byte_tokenizer
 from fbiedge.weights import BinaryLinear, Weights, open_checkpoint, write_checkpoint
 
 MakeWeights = Callable[[ModelConfig], Weights]
@@ -103,7 +105,7 @@ def test_scale_tiles_hold_16_rows_side_by_side() -> None:
 
 
 FILES = {
-    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer.json": byte_tokenizer(),
     "tokenizer_config.json": '{"bos_token": "<s>", "chat_template": "{{ messages }}"}',
     "generation_config.json": '{"eos_token_id": 2}',
     "special_tokens_map.json": '{"eos_token": "</s>"}',
@@ -119,7 +121,7 @@ def weights_with_files(tmp_path: Path, files: dict[str, str]) -> Weights:
 
 
 def test_sidecar_files_travel_in_the_model(tmp_path: Path) -> None:
-    files = FILES | {"chat_template.jinja": "{{ é }}\n"}
+    files = FILES | {"chat_template.jinja": "é {{ messages }}\n"}
     export_onnx(weights_with_files(tmp_path, files), tmp_path / "model.onnx")
     assert open_onnx(tmp_path / "model.onnx").files == files
 
@@ -143,7 +145,7 @@ def test_metadata(tmp_path: Path) -> None:
     stored = {
         tensor.name: len(tensor.raw_data)
         for tensor in model.graph.initializer
-        if not tensor.name.startswith("constants.")
+        if not tensor.name.startswith("constants.") and tensor.name != "logits_to_keep"
     }
     assert sum(row["bytes"] for row in inventory) == sum(stored.values())
     assert sum(row["tensors"] for row in inventory) == len(stored)
@@ -172,13 +174,17 @@ def test_names_and_types_are_those_of_onnxruntime_genai(weights: Weights, tmp_pa
     inputs, outputs = described(model.graph.input), described(model.graph.output)
     assert inputs["input_ids"] == (TensorProto.INT64, ["batch", "sequence_length"])
     assert inputs["attention_mask"] == (TensorProto.INT64, ["batch", "total_sequence_length"])
-    assert outputs["logits"] == (TensorProto.FLOAT, ["batch", "sequence_length", 80])
+    assert outputs["logits"] == (TensorProto.FLOAT, ["batch", "logits_length", 80])
     for layer in range(2):
         for part in ("key", "value"):
             past, present = inputs[f"past_key_values.{layer}.{part}"], outputs[f"present.{layer}.{part}"]
             assert past == (TensorProto.FLOAT, ["batch", 2, "past_sequence_length", 16])
             assert present == (TensorProto.FLOAT, ["batch", 2, "present_sequence_length", 16])
+    assert inputs.pop("logits_to_keep") == (TensorProto.INT64, [1])
     assert (len(inputs), len(outputs)) == (6, 5)
+    # It has a default, so onnxruntime-genai and others, which don't know it, are not asked for it.
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    assert {entry.name for entry in session.get_inputs()} == set(inputs)
 
 
 def test_zeros_are_counted(tmp_path: Path) -> None:

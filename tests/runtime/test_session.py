@@ -383,3 +383,13 @@ def test_the_cache_takes_memory_only_where_it_is_written() -> None:
     assert cache.flags.writeable and not cache[0, :, 0].any()
     cache[0, :, 0] = 1.0  # what the first token writes: one row a head
     assert resident_bytes() - before < 10_000_000
+
+
+def test_a_prompts_logits_are_the_last_of_all_logits(plain_model: Path) -> None:
+    """A prefill computes the head for one position only; it must be the right one, in the first chunk and behind it."""
+    session = Session.open(plain_model)
+    rows = session.all_logits(IDS)
+    session.truncate(0)
+    np.testing.assert_array_equal(session.forward(IDS), rows[-1])
+    session.truncate(7)
+    np.testing.assert_array_equal(session.forward(IDS[7:20]), rows[19])
