@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto
@@ -183,7 +182,7 @@ def test_names_and_types_are_those_of_onnxruntime_genai(weights: Weights, tmp_pa
     assert inputs.pop("logits_to_keep") == (TensorProto.INT64, [1])
     assert (len(inputs), len(outputs)) == (6, 5)
     # It has a default, so onnxruntime-genai and others, which don't know it, are not asked for it.
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     assert {entry.name for entry in session.get_inputs()} == set(inputs)
 
 
