@@ -28,7 +28,7 @@ from fbiedge.weights import Weights
 
 MODEL = Path(str(importlib.resources.files("fbiedge") / "models" / "default.onnx"))
 HERE = Path(__file__).parent
-PROMPT = "Once upon a time"
+PROMPT = "One day, a little girl named Lily"
 TOKENS = 96
 # Written for this test, so that nothing of it can be in the training data.
 UNSEEN_STORY = (
@@ -98,7 +98,7 @@ def test_the_numpy_reference_writes_the_golden_text_with_a_margin(weights: Weigh
         ids.append(int(np.argmax(logits)))
         logits = reference.logits(ids[-1:])[-1]
     assert tokenizer.decode(ids) == golden("fp32")
-    assert min(margins) > 1e-3, "a near tie would let rounding choose; take another prompt"
+    assert min(margins) > 1e-2, "a near tie would let rounding choose; take another prompt"
 
 
 def test_torch_writes_it(weights: Weights, tokenizer: Tokenizer) -> None:
