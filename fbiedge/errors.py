@@ -5,6 +5,7 @@
     ├── CheckpointError          a checkpoint that is missing, truncated, or has missing, extra or wrongly shaped tensors
     ├── ModelFileError           a model.onnx that is missing, not ONNX, truncated, or not written by fbiedge
     ├── OpLibraryError           the op library is missing or can't be loaded
+    ├── DivergedError            a training whose loss is no longer a number; its last saved state is intact
     └── OutputError              the output can't be written (disk full, no permission) or came out wrong
 
 A message is one line: what was got, what was expected, what to do.
@@ -33,6 +34,10 @@ class ModelFileError(FbiEdgeError):
 
 class OpLibraryError(FbiEdgeError):
     """The op library is missing or can't be loaded."""
+
+
+class DivergedError(FbiEdgeError):
+    """The loss of a training is no longer a number; the last saved state is intact."""
 
 
 class OutputError(FbiEdgeError):

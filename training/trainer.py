@@ -11,17 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fbiedge.errors import FbiEdgeError
+from fbiedge.errors import DivergedError
 
 from .checkpoint import load_state, save_model, save_state
 from .config import TrainConfig
 from .data import Batches
 from .loss import distillation_loss, next_token_loss
 from .model import Llama
-
-
-class DivergedError(FbiEdgeError):
-    """The loss is no longer a number; the last saved state is intact."""
 
 
 @dataclass(frozen=True, kw_only=True)

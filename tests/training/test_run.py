@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import CheckpointError, FbiEdgeError, OutputError, UsageError
+from fbiedge.errors import CheckpointError, DivergedError, FbiEdgeError, OutputError, UsageError
 from fbiedge.reference import Reference
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model, save_model
@@ -28,7 +28,6 @@ from fbiedge.training.data import open_shard
 from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
-from fbiedge.training.trainer import DivergedError
 from fbiedge.weights import open_checkpoint
 
 ANIMALS, PLACES = ("cat", "dog", "owl", "fox", "hen"), ("barn", "park", "tree", "lake")
