@@ -201,6 +201,10 @@ def init(
         raise UsageError(f"scaling pattern is {scaling_pattern!r}, expected one of {', '.join(patterns)}")
     if seed < 0:
         raise UsageError(f"seed is {seed}, expected a whole number of at least 0")
+    if (output / "config.json").exists():
+        raise UsageError(
+            f"{output} holds a checkpoint already, which random weights would replace; choose a new folder"
+        )
     with _extra("export"):
         from .initialize import init_checkpoint
     with terminal.progress_bar("writing") as update:
@@ -233,6 +237,8 @@ def export(
 
     if to != "onnx":
         raise UsageError(f"format is {to!r}, expected onnx")
+    if output.is_file() and output.suffix != ".onnx":
+        raise UsageError(f"{output} exists and is not a .onnx file; choose another name for the model")
     text = _read_text(verify_text) if verify_text else None
     brought = {"tokenizer.json": _read_text(tokenizer)} if tokenizer else {}
     with _extra("export"):

@@ -6,6 +6,7 @@ Answers go to stdout and everything about them to stderr, so that a pipe holds o
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -213,11 +214,10 @@ def _answer(chat: Chat, line: str) -> None:
 
 
 def _read_line() -> str | None:
-    """A line from the terminal; None at Ctrl-D, or at Ctrl-C on an empty line. Ctrl-C after some text drops the text."""
-    try:
-        import readline  # gives input() line editing and history; absent on Windows
-    except ImportError:
-        readline = None  # type: ignore[assignment]
+    """A line from the terminal; None at Ctrl-D. Ctrl-C drops what was typed and doesn't leave: it may have been meant
+    for an answer that has just ended."""
+    with contextlib.suppress(ImportError):  # absent on Windows
+        importlib.import_module("readline")  # gives input() line editing and history
     while True:
         try:
             return input("\n> ")
@@ -225,9 +225,7 @@ def _read_line() -> str | None:
             print(file=sys.stderr)
             return None
         except KeyboardInterrupt:
-            print(file=sys.stderr)
-            if readline is None or not readline.get_line_buffer():
-                return None
+            print("\n/exit or Ctrl-D leaves", file=sys.stderr)
 
 
 def _print_header(chat: Chat) -> None:

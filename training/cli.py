@@ -66,7 +66,8 @@ def train(
         bool, typer.Option("--resume", help="Go on from OUT's last save, with OUT's own options.")
     ] = False,
 ) -> None:
-    """Train a binarized Llama by distillation from a teacher, or (--scaling-pattern none) a full-precision teacher."""
+    """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
+    teacher (--scaling-pattern none)."""
     console = Console()
     if not resume:
         if not data:
@@ -106,7 +107,11 @@ def train(
         console.print("nothing left to do: the run is complete")
     elif report.step < RunPlan.load(out).training.steps:
         raise typer.Exit(STOPPED)
-    console.print(f"checkpoint: {out / 'model'}\nnext: fbiedge export {out / 'model'} --to onnx -o model.onnx")
+    console.print(f"checkpoint: {out / 'model'}", soft_wrap=True)
+    if RunPlan.load(out).model.scaling_pattern == "none":
+        console.print(f"next: fbiedge train --teacher {out / 'model'} --data ... -o STUDENT", soft_wrap=True)
+    else:
+        console.print(f"next: fbiedge export {out / 'model'} --to onnx -o model.onnx", soft_wrap=True)
 
 
 def _shape(preset_name: str | None, config: Path | None) -> ModelConfig:

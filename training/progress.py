@@ -26,7 +26,11 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
 
     def announce(model: Llama, plan: RunPlan) -> None:
         count = sum(p.numel() for p in model.parameters())
-        goal = f"distilled from {plan.teacher}" if plan.teacher else "next-token loss"
+        goal = "next-token loss"
+        if plan.teacher:
+            goal = f"distilled from {plan.teacher}"
+        elif plan.model.scaling_pattern != "none":
+            goal += " (not distilled: no --teacher)"
         console.print(
             f"{count / 1e6:.1f}M parameters, scaling {plan.model.scaling_pattern}, {goal}; "
             f"{plan.training.steps} steps of {plan.training.batch_size} x {plan.training.sequence_length} tokens"

@@ -44,7 +44,7 @@ def test_a_model_is_not_exported_onto_itself(
     before = content(tmp_path)
     monkeypatch.chdir(tmp_path)
     message = one_error_line(fbiedge("export", tmp_path / "model.onnx", "-o", output, "--head", "fp32"))
-    assert "belongs to the model that is exported; choose another name for the output" in message
+    assert "choose another name for the" in message
     assert content(tmp_path) == before
 
 
@@ -154,3 +154,16 @@ def test_sigterm_leaves_nothing_half_written(checkpoint: Path, tmp_path: Path) -
     assert process.wait(60) == 143
     assert time.monotonic() - started < 60 and process.stderr.read() == ""
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_file_of_another_kind_is_not_replaced(fbiedge: Run, checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "stories.txt"
+    text.write_text("mine")
+    line = one_error_line(fbiedge("export", checkpoint, "-o", text))
+    assert "exists and is not a .onnx file" in line and text.read_text() == "mine"
+
+
+def test_init_does_not_replace_a_checkpoint(fbiedge: Run, checkpoint: Path) -> None:
+    before = content(checkpoint)
+    assert "holds a checkpoint already" in one_error_line(fbiedge("init", "--preset", "tiny", "-o", checkpoint))
+    assert content(checkpoint) == before

@@ -133,7 +133,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
         terminal.expect("ended by Ctrl-C")
         terminal.expect(PROMPT)
     assert terminal.process.poll() is None
-    terminal.interrupt()  # at an empty prompt
+    terminal.interrupt()  # at an empty prompt, perhaps a moment too late for the answer
+    terminal.expect("/exit or Ctrl-D leaves")
+    terminal.expect(PROMPT)
+    assert terminal.process.poll() is None
+    terminal.send("/exit\n")
     assert terminal.process.wait(20) == 0
     assert "Traceback" not in terminal.seen
 
@@ -147,7 +151,7 @@ def test_ctrl_c_after_some_text_drops_the_text(terminal: Terminal) -> None:
     terminal.send("/help\n")
     terminal.expect("/reset: new")  # and so not "not this/help"
     terminal.expect(PROMPT)
-    terminal.interrupt()
+    terminal.send("\x04")
     assert terminal.process.wait(20) == 0
 
 
