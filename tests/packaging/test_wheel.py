@@ -41,7 +41,7 @@ def test_it_holds_every_part_and_nothing_else_at_top_level(wheel: Path) -> None:
 def test_it_chats_when_installed_alone(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    # The environment's own fbiedge is an editable install; -S and an explicit path keep it out.
+    # The environment's own fbiedge is an editable install, found through a .pth file; -S leaves those unread.
     site = [entry for entry in sys.path if entry.endswith("site-packages")]
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, *{site!r}]; import fbiedge, fbiedge.cli as cli; "
@@ -60,4 +60,4 @@ def test_it_chats_when_installed_alone(wheel: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once upon a time") or len(done.stdout.split()) >= 4, done.stdout
+    assert len(done.stdout.split()) >= 4, done.stdout
