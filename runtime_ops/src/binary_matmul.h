@@ -37,7 +37,7 @@ bool binary_matmul(const BinaryMatrix& matrix, const LevelKernels& kernels, cons
                    const ParallelFor& parallel);
 
 inline const LevelKernels& level_kernels(const KernelTable& table, AccuracyLevel level) {
-    return level == AccuracyLevel::kFp32 ? table.fp32 : table.int8;
+    return level == AccuracyLevel::kFp32 ? table.binary->fp32 : table.binary->int8;
 }
 
 }  // namespace fbiedge

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels/tables.h"
+
 #if defined(FBIEDGE_X86)
 #if defined(_MSC_VER)
 #include <immintrin.h>

@@ -55,16 +55,21 @@ struct LevelKernels {
     void (*multiply)(const MultiplyArgs& args);
 };
 
-struct KernelTable {
-    const char* isa;
+struct BinaryKernels {
     LevelKernels fp32;
     LevelKernels int8;
 };
 
-extern const KernelTable kKernelsScalar;
-extern const KernelTable kKernelsAvx2;
-extern const KernelTable kKernelsAvx512Vnni;
-extern const KernelTable kKernelsNeon;
+extern const BinaryKernels kBinaryScalar;
+extern const BinaryKernels kBinaryAvx2;
+extern const BinaryKernels kBinaryAvx512Vnni;
+extern const BinaryKernels kBinaryNeon;
+
+// All kernels of one instruction set (kernels/tables.cc).
+struct KernelTable {
+    const char* isa;
+    const BinaryKernels* binary;
+};
 
 static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }

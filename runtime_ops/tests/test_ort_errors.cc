@@ -1,9 +1,10 @@
 // What ONNX Runtime is told when something fails inside the op: the reason, never a guess.
 // The op runs on an ONNX Runtime made up here, whose every other function is null, and on a product that only hands out
-// its work. One translation unit: the glue's own source is included.
+// its work. One translation unit: the glue's own sources are included.
 #include <cstdio>
 #include <stdexcept>
 
+#include "../src/ort/binary_matmul_op.cc"
 #include "../src/ort/custom_op.cc"
 
 struct fbiedge_ort_abi::OrtStatus {
@@ -11,8 +12,6 @@ struct fbiedge_ort_abi::OrtStatus {
 };
 
 namespace fbiedge {
-
-Node read_node(const OrtApi&, const OrtKernelInfo*) { return {}; }
 
 bool binary_matmul(const BinaryMatrix&, const LevelKernels&, const float*, size_t, float*,
                    const ParallelFor& parallel) {
@@ -35,7 +34,8 @@ OrtApi made_up_api() {
         --alive;
         delete status;
     };
-    api.KernelContext_GetInput = [](const OrtKernelContext*, size_t, const OrtValue**) -> OrtStatus* {
+    api.KernelContext_GetInput = [](const OrtKernelContext*, size_t, const OrtValue** value) -> OrtStatus* {
+        *value = reinterpret_cast<const OrtValue*>(numbers);  // only handed back to the functions below
         return nullptr;
     };
     api.KernelContext_GetOutput = [](OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**) -> OrtStatus* {
@@ -84,12 +84,14 @@ int main() {
     expect(api, guarded(api, [] { throw 7; }), "fbiedge: unknown exception");
 
     const KernelTable table = {};
-    const BinaryMatMulOp op(api, table, nullptr, false);
-    Kernel kernel = {api, {"up_proj", {}, AccuracyLevel::kInt8}, table.int8};
-    kernel.node.matrix.k = kernel.node.matrix.n = 4;
+    const CustomOp op({&api, &table, nullptr}, kBinaryMatMulOp, false);
+    BinaryMatrix matrix = {};
+    matrix.k = matrix.n = 4;
+    const LevelKernels kernels = {};
+    Kernel kernel = {api, std::make_unique<BinaryMatMulKernel>(api, matrix, kernels, "fbiedge BinaryMatMul node 'up'")};
     expect(api, op.KernelComputeV2(&kernel, nullptr), "no error");
     pool_error = "the pool is shut down";
-    expect(api, op.KernelComputeV2(&kernel, nullptr), "fbiedge BinaryMatMul node 'up_proj': the pool is shut down");
+    expect(api, op.KernelComputeV2(&kernel, nullptr), "fbiedge BinaryMatMul node 'up': the pool is shut down");
     std::printf("%d failed\n", failed);
     return failed != 0;
 }

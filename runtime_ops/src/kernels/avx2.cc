@@ -389,8 +389,7 @@ void binary_matmul_fp32_avx2(const MultiplyArgs& a) {
 
 }  // namespace
 
-const KernelTable kKernelsAvx2 = {
-    "avx2",
+const BinaryKernels kBinaryAvx2 = {
     {token_bytes_fp32_avx2, prepare_fp32_avx2, binary_matmul_fp32_avx2},
     {int8_token_bytes, prepare_int8_avx2, binary_matmul_int8_avx2},
 };

@@ -371,8 +371,7 @@ void binary_matmul_fp32_avx512vnni(const MultiplyArgs& a) {
 
 }  // namespace
 
-const KernelTable kKernelsAvx512Vnni = {
-    "avx512vnni",
+const BinaryKernels kBinaryAvx512Vnni = {
     {token_bytes_fp32_avx512vnni, prepare_fp32_avx512vnni, binary_matmul_fp32_avx512vnni},
     {int8_token_bytes, prepare_int8_avx512vnni, binary_matmul_int8_avx512vnni},
 };

@@ -270,8 +270,7 @@ void binary_matmul_fp32_neon(const MultiplyArgs& a) {
 
 }  // namespace
 
-const KernelTable kKernelsNeon = {
-    "neon",
+const BinaryKernels kBinaryNeon = {
     {token_bytes_fp32_neon, prepare_fp32_neon, binary_matmul_fp32_neon},
     {int8_token_bytes, prepare_int8_neon, binary_matmul_int8_neon},
 };

@@ -171,8 +171,7 @@ void binary_matmul_fp32_scalar(const MultiplyArgs& a) {
 
 }  // namespace
 
-const KernelTable kKernelsScalar = {
-    "scalar",
+const BinaryKernels kBinaryScalar = {
     {token_bytes_fp32_scalar, prepare_fp32_scalar, binary_matmul_fp32_scalar},
     {int8_token_bytes, prepare_int8_scalar, binary_matmul_int8_scalar},
 };

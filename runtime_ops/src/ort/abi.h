@@ -33,6 +33,9 @@ enum ONNXTensorElementDataType {
     ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED = 0,  // as an input's declared type: any
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 = 2,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 = 3,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 = 10
 };
 
@@ -62,7 +65,8 @@ struct OrtApi {
                                                         size_t count);
     void* slots_64_to_64[1];
     OrtStatus*(FBIEDGE_ORT_CALL* GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** out);
-    void* slots_66_to_85[20];
+    void* slots_66_to_84[19];
+    OrtStatus*(FBIEDGE_ORT_CALL* KernelInfoGetAttribute_float)(const OrtKernelInfo* info, const char* name, float* out);
     OrtStatus*(FBIEDGE_ORT_CALL* KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name,
                                                                int64_t* out);
     OrtStatus*(FBIEDGE_ORT_CALL* KernelInfoGetAttribute_string)(const OrtKernelInfo* info, const char* name, char* out,

@@ -1,18 +1,15 @@
-// The OrtCustomOp that ONNX Runtime sees.
+// The OrtCustomOp that ONNX Runtime sees, for any of the library's operators.
 #pragma once
 
-#include "../binary_matmul.h"
-#include "api.h"
+#include "op.h"
 
 namespace fbiedge {
 
-struct BinaryMatMulOp : OrtCustomOp {
-    const OrtApi* api;
-    const KernelTable* kernels;
-    const AccuracyLevel* level_override;  // null: each node's accuracy_level
+struct CustomOp : OrtCustomOp {
+    Environment environment;
+    const OpDefinition* definition;
 
-    BinaryMatMulOp(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override,
-                   bool infers_shapes);
+    CustomOp(const Environment& environment, const OpDefinition& definition, bool infers_shapes);
 };
 
 }  // namespace fbiedge

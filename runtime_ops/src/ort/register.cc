@@ -19,27 +19,37 @@ constexpr AccuracyLevel kFp32 = AccuracyLevel::kFp32;
 constexpr AccuracyLevel kInt8 = AccuracyLevel::kInt8;
 const char* const kAccuracyKey = "fbiedge.accuracy_level";
 
-// ONNX Runtime keeps pointers to the op and its domain for as long as options and sessions live, and doesn't say when
-// that ends. So each of the few combinations is made once and kept: kernels x override x ONNX Runtimes in the process.
+const OpDefinition* const kDefinitions[] = {&kBinaryMatMulOp};
+
+// ONNX Runtime keeps pointers to the ops and their domain for as long as options and sessions live, and doesn't say
+// when that ends. So each of the few combinations is made once and kept: kernels x override x ONNX Runtimes in the
+// process.
 struct Domain {
-    BinaryMatMulOp op;
-    OrtCustomOpDomain* handle;
+    Environment environment;
+    std::list<CustomOp> ops;
+    OrtCustomOpDomain* handle = nullptr;
 };
 
-OrtCustomOpDomain* domain_for(const OrtApi& api, const KernelTable& kernels, const AccuracyLevel* level_override,
-                              bool infers_shapes) {
+bool same(const Environment& a, const Environment& b) {
+    return a.api == b.api && a.kernels == b.kernels && a.level_override == b.level_override;
+}
+
+OrtCustomOpDomain* domain_for(const Environment& environment, bool infers_shapes) {
     static std::mutex& mutex = *new std::mutex;
     static std::list<Domain>& domains = *new std::list<Domain>;
     const std::lock_guard<std::mutex> lock(mutex);
     for (Domain& domain : domains) {
-        const BinaryMatMulOp& op = domain.op;
-        if (op.api == &api && op.kernels == &kernels && op.level_override == level_override) return domain.handle;
+        if (same(domain.environment, environment)) return domain.handle;
     }
-    domains.push_back({BinaryMatMulOp(api, kernels, level_override, infers_shapes), nullptr});
-    Domain& domain = domains.back();
+    const OrtApi& api = *environment.api;
+    Domain& domain = domains.emplace_back();
+    domain.environment = environment;
     try {
         check(api, api.CreateCustomOpDomain("fbiedge", &domain.handle));
-        check(api, api.CustomOpDomain_Add(domain.handle, &domain.op));
+        for (const OpDefinition* definition : kDefinitions) {
+            domain.ops.emplace_back(environment, *definition, infers_shapes);
+            check(api, api.CustomOpDomain_Add(domain.handle, &domain.ops.back()));
+        }
     } catch (...) {
         domains.pop_back();
         throw;
@@ -94,8 +104,8 @@ extern "C" FBIEDGE_EXPORT OrtStatus* FBIEDGE_ORT_CALL FBIEDGE_REGISTER_FUNCTION(
                       : nullptr;
     }
     return guarded(*api, [&] {
-        OrtCustomOpDomain* domain = domain_for(*api, choose_kernels(), read_override(*api, options),
-                                               can_infer_shapes(api_base->GetVersionString()));
+        const Environment environment = {api, &choose_kernels(), read_override(*api, options)};
+        OrtCustomOpDomain* domain = domain_for(environment, can_infer_shapes(api_base->GetVersionString()));
         check(*api, api->AddCustomOpDomain(options, domain));
     });
 }

@@ -1,0 +1,13 @@
+// The kernel tables by instruction set. Those of other processors than the one compiled for are only declared.
+#pragma once
+
+#include "../kernel_table.h"
+
+namespace fbiedge {
+
+extern const KernelTable kKernelsScalar;
+extern const KernelTable kKernelsAvx2;
+extern const KernelTable kKernelsAvx512Vnni;
+extern const KernelTable kKernelsNeon;
+
+}  // namespace fbiedge

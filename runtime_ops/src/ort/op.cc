@@ -1,0 +1,54 @@
+#include "op.h"
+
+namespace fbiedge {
+
+TensorView input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
+    const OrtValue* value = nullptr;
+    check(api, api.KernelContext_GetInput(context, index, &value));
+    if (!value) throw OpError{"fbiedge: input " + std::to_string(index) + " is absent"};
+    return view(api, value);
+}
+
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims) {
+    OrtValue* value = nullptr;
+    check(api, api.KernelContext_GetOutput(context, index, dims.data(), dims.size(), &value));
+    void* data = nullptr;
+    check(api, api.GetTensorMutableData(value, &data));
+    return data;
+}
+
+int64_t inferred_attribute(const OrtApi& api, OrtShapeInferContext* context, const char* name) {
+    const OrtOpAttr* attribute = nullptr;
+    int64_t value = 0;
+    size_t bytes = 0;
+    check(api, api.ShapeInferContext_GetAttribute(context, name, &attribute));
+    check(api, api.ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof value, &bytes));
+    return value;
+}
+
+void infer_like_input(const OrtApi& api, OrtShapeInferContext* context, size_t in, int64_t last, size_t out) {
+    OrtTensorTypeAndShapeInfo* a = nullptr;  // owned by the context
+    check(api, api.ShapeInferContext_GetInputTypeShape(context, in, &a));
+    size_t rank = 0;
+    check(api, api.GetDimensionsCount(a, &rank));
+    if (rank == 0) return;
+    std::vector<int64_t> dims(rank);
+    std::vector<const char*> names(rank);
+    check(api, api.GetDimensions(a, dims.data(), rank));
+    check(api, api.GetSymbolicDimensions(a, names.data(), rank));
+    dims.back() = last;
+    names.back() = "";
+    for (size_t i = 0; i < rank; ++i) {
+        if (dims[i] < 0 && !*names[i]) return;
+    }
+    OrtTensorTypeAndShapeInfo* y = nullptr;
+    check(api, api.CreateTensorTypeAndShapeInfo(&y));
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void(FBIEDGE_ORT_CALL*)(OrtTensorTypeAndShapeInfo*)> owner(
+        y, api.ReleaseTensorTypeAndShapeInfo);
+    check(api, api.SetTensorElementType(y, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+    check(api, api.SetDimensions(y, dims.data(), rank));
+    check(api, api.SetSymbolicDimensions(y, names.data(), rank));
+    check(api, api.ShapeInferContext_SetOutputTypeShape(context, out, y));
+}
+
+}  // namespace fbiedge

@@ -1,0 +1,29 @@
+// ONNX Runtime's thread pool as the library's parallel-for.
+#pragma once
+
+#include "../binary_matmul.h"
+#include "api.h"
+
+namespace fbiedge {
+
+class Pool {
+  public:
+    Pool(const OrtApi& api, const OrtKernelContext* context) : api_(api), context_(context) {}
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    ParallelFor parallel() { return {run, this}; }
+
+    // For work that returned false: the pool's error, or that memory ran out. Throws OpError, which begins with `who`.
+    [[noreturn]] void fail(const std::string& who);
+
+  private:
+    static bool run(void* pool, size_t count, void (*fn)(void*, size_t), void* data);
+
+    const OrtApi& api_;
+    const OrtKernelContext* context_;
+    OrtStatus* status_ = nullptr;  // of the run that failed
+};
+
+}  // namespace fbiedge
