@@ -15,15 +15,14 @@ One body serves one scale form: function bodies can't leave out what depends on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper  # noqa: TID253
+from onnx import FunctionProto, TensorProto, helper, numpy_helper  # noqa: TID253
 
 from fbiedge.bits import TILE_ROWS
 from fbiedge.config import BLOCK_SIZE, ScalingPattern
+
+from .function_body import Body
 
 OPSET = 21
 DOMAIN = "fbiedge"
@@ -41,7 +40,7 @@ def nibble_table() -> npt.NDArray[np.uint8]:
 
 def binary_matmul_function(form: ScalingPattern, *, bias: bool = False) -> FunctionProto:
     """The function for one scale form. With `bias`, every node that uses it must give the input `bias`."""
-    body = _Body()
+    body = Body()
     # 1. Undo the tiling: [N/16, K/32, 64] -> [N padded, K padded / 8] -> [N, …].
     split = body.add("Reshape", ["B", body.ints([0, 0, TILE_ROWS, 4])], "tiles_by_row")
     by_row = body.add("Transpose", [split], "rows_by_tile", perm=[0, 2, 1, 3])
@@ -88,7 +87,7 @@ def binary_matmul_function(form: ScalingPattern, *, bias: bool = False) -> Funct
     )
 
 
-def _block_scales(body: _Body, plain: str, padded_scales: str) -> tuple[str, str]:
+def _block_scales(body: Body, plain: str, padded_scales: str) -> tuple[str, str]:
     """Plain bytes padded to whole blocks of 128 inputs (16 bytes), and scales float32 [N · G]."""
     scales = body.add("Slice", [padded_scales, body.ints([0]), body.attribute("N"), body.ints([0])], "scales_2d")
     groups = body.add("Shape", [scales], "group_count", start=1, end=2)
@@ -99,49 +98,3 @@ def _block_scales(body: _Body, plain: str, padded_scales: str) -> tuple[str, str
     whole = body.add("Pad", [plain, pads], "whole_block_bytes")
     flat = body.add("Reshape", [scales, body.ints([-1])], "scales_1d")
     return whole, body.add("Cast", [flat], "scales_fp32", to=TensorProto.FLOAT)
-
-
-class _Body:
-    """Nodes of a function body under construction; `add` returns the name of the node's output."""
-
-    def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-
-    def add(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
-        return output
-
-    def constant(self, name: str, array: npt.NDArray[Any]) -> str:
-        return self.add("Constant", [], name, value=numpy_helper.from_array(array))
-
-    def ints(self, values: Sequence[int]) -> str:
-        """A 1-D int64 constant, made once per value."""
-        name = "ints_" + "_".join(str(value).replace("-", "minus") for value in values)
-        if not any(name in node.output for node in self.nodes):
-            self.constant(name, np.array(values, np.int64))
-        return name
-
-    def attribute(self, name: str) -> str:
-        """The function's integer attribute `name` as a 1-D tensor of one element."""
-        if not any(name in node.output for node in self.nodes):
-            node = helper.make_node("Constant", [], [f"{name}_scalar"])
-            node.attribute.append(_reference("value_int", name))
-            self.nodes.append(node)
-            self.add("Unsqueeze", [f"{name}_scalar", self.ints([0])], name)
-        return name
-
-    def sum_over_inputs(self, activations: str) -> str:
-        return self.add("ReduceSum", [activations, self.ints([-1])], "sum_over_inputs", keepdims=1)
-
-    def matmul_nbits(self, activations: str, codes: str, scales: str, block: int) -> str:
-        node = helper.make_node(
-            "MatMulNBits", [activations, codes, scales], ["product"], domain="com.microsoft", bits=4, block_size=block
-        )
-        node.attribute.extend(_reference(name, name) for name in ("K", "N", "accuracy_level"))
-        self.nodes.append(node)
-        return "product"
-
-
-def _reference(attribute: str, function_attribute: str) -> AttributeProto:
-    """A node attribute that takes its value from the function's attribute of the given name."""
-    return AttributeProto(name=attribute, ref_attr_name=function_attribute, type=AttributeProto.INT)
