@@ -28,6 +28,7 @@ struct TokenInput {
     const float* alpha;  // [K], multiplies x (column form), or null
     const float* beta;   // [K], the offset sum is sum(beta * x) (column form); null: sum(x)
     size_t k;
+    float multiplier = 1.0f;  // of the token: every scaled input and the offset sum, 1 / RMS of a fused norm
 };
 
 struct MultiplyArgs {
@@ -44,9 +45,10 @@ struct MultiplyArgs {
     bool add_offset_sum;       // column form with beta: y += offset sum
     const void* block_scales;  // [n_tiles, groups, 16] fp16 or fp32, or null
     bool block_scales_fp16;
-    const float* bias;  // [n_tiles * 16] or null
-    float* y;           // [m, n_tiles * 16] with a row stride
-    size_t y_stride;    // in floats
+    const float* bias;   // [n_tiles * 16], of token t at bias + t * bias_stride, or null
+    size_t bias_stride;  // in floats: 0 for one bias of all tokens, more for a residual
+    float* y;            // [m, n_tiles * 16] with a row stride
+    size_t y_stride;     // in floats
 };
 
 struct LevelKernels {

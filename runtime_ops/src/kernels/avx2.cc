@@ -61,7 +61,7 @@ void finish(const MultiplyArgs& a, size_t token, size_t tile, size_t half, __m25
         total_f32x8 = _mm256_add_ps(total_f32x8, offset_f32x8);
     }
     if (a.add_offset_sum) total_f32x8 = _mm256_add_ps(total_f32x8, sum_f32x8);
-    if (a.bias) total_f32x8 = _mm256_add_ps(total_f32x8, _mm256_loadu_ps(a.bias + out));
+    if (a.bias) total_f32x8 = _mm256_add_ps(total_f32x8, _mm256_loadu_ps(a.bias + token * a.bias_stride + out));
     _mm256_storeu_ps(a.y + token * a.y_stride + out, total_f32x8);
 }
 
@@ -140,10 +140,10 @@ void prepare_int8_avx2(const TokenInput& in, uint8_t* token) {
         for (size_t t = 0; t < kGroupTiles; ++t) {
             store_plane_order(q_i8x16[2 * t], q_i8x16[2 * t + 1], quads + t * kQuadsPerTile);
         }
-        scales[group] = scale;
+        scales[group] = in.multiplier * scale;
         sums[group] = add_lanes(sum_i32x8);
     }
-    *offset_sum(token) = sum_lanes(offsets_f32x8[0], offsets_f32x8[1]);
+    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x8[0], offsets_f32x8[1]);
 }
 
 struct Int8Token {
@@ -310,7 +310,7 @@ void prepare_fp32_avx2(const TokenInput& in, uint8_t* token) {
         alignas(64) float xs[kGroupInputs];
         for (size_t i = 0; i < 16; ++i) {
             offsets_f32x8[i % 2] = add_offsets(offsets_f32x8[i % 2], group_in, 8 * i);
-            _mm256_store_ps(xs + 8 * i, scaled_inputs(group_in, 8 * i));
+            _mm256_store_ps(xs + 8 * i, _mm256_mul_ps(_mm256_set1_ps(in.multiplier), scaled_inputs(group_in, 8 * i)));
         }
         const size_t k_tiles = min_size(ceil_div(in.k - first, kTileInputs), kGroupTiles);
         for (size_t t = 0; t < k_tiles; ++t) {
@@ -320,7 +320,7 @@ void prepare_fp32_avx2(const TokenInput& in, uint8_t* token) {
             }
         }
     }
-    *offset_sum(token) = sum_lanes(offsets_f32x8[0], offsets_f32x8[1]);
+    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x8[0], offsets_f32x8[1]);
 }
 
 // The order of additions of one output does not depend on kTiles and kTokens: tables of a group, then groups.

@@ -65,7 +65,10 @@ void finish(const MultiplyArgs& a, size_t token, size_t tile, __m512 total_f32x1
         total_f32x16 = _mm512_add_ps(total_f32x16, offset_f32x16);
     }
     if (a.add_offset_sum) total_f32x16 = _mm512_add_ps(total_f32x16, sum_f32x16);
-    if (a.bias) total_f32x16 = _mm512_add_ps(total_f32x16, _mm512_loadu_ps(a.bias + tile * kTileRows));
+    if (a.bias) {
+        const float* bias = a.bias + token * a.bias_stride + tile * kTileRows;
+        total_f32x16 = _mm512_add_ps(total_f32x16, _mm512_loadu_ps(bias));
+    }
     _mm512_storeu_ps(a.y + token * a.y_stride + tile * kTileRows, total_f32x16);
 }
 
@@ -112,10 +115,10 @@ void prepare_int8_avx512vnni(const TokenInput& in, uint8_t* token) {
         for (size_t t = 0; t < kGroupTiles; ++t) {
             store_plane_order(q_i8x16[2 * t], q_i8x16[2 * t + 1], quads + t * kQuadsPerTile);
         }
-        scales[group] = scale;
+        scales[group] = in.multiplier * scale;
         sums[group] = _mm512_reduce_add_epi32(sum_i32x16);
     }
-    *offset_sum(token) = sum_lanes(offsets_f32x16);
+    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x16);
 }
 
 struct Int8Token {
@@ -297,14 +300,14 @@ void prepare_fp32_avx512vnni(const TokenInput& in, uint8_t* token) {
         alignas(64) float xs[kGroupInputs];
         for (size_t i = 0; i < kGroupInputs; i += 16) {
             offsets_f32x16 = add_offsets(offsets_f32x16, group_in, i);
-            _mm512_store_ps(xs + i, scaled_inputs(group_in, i));
+            _mm512_store_ps(xs + i, _mm512_mul_ps(_mm512_set1_ps(in.multiplier), scaled_inputs(group_in, i)));
         }
         const size_t inputs = min_size(ceil_div(in.k - first, kTileInputs) * kTileInputs, kGroupInputs);
         for (size_t i = 0; i < inputs; i += kInputsPerTable, table += kTableFloats) {
             _mm512_store_ps(table, sign_sums(xs + i));
         }
     }
-    *offset_sum(token) = sum_lanes(offsets_f32x16);
+    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x16);
 }
 
 // The order of additions of one output does not depend on kTiles and kTokens: tables of a group, then groups.

@@ -53,7 +53,7 @@ void finish(const MultiplyArgs& a, size_t token, size_t tile, size_t quarter, fl
     if (a.row_alpha) total_f32x4 = vmulq_f32(vld1q_f32(a.row_alpha + row), total_f32x4);
     if (a.row_beta) total_f32x4 = vaddq_f32(total_f32x4, vmulq_f32(vld1q_f32(a.row_beta + row), sum_f32x4));
     if (a.add_offset_sum) total_f32x4 = vaddq_f32(total_f32x4, sum_f32x4);
-    if (a.bias) total_f32x4 = vaddq_f32(total_f32x4, vld1q_f32(a.bias + out));
+    if (a.bias) total_f32x4 = vaddq_f32(total_f32x4, vld1q_f32(a.bias + token * a.bias_stride + out));
     vst1q_f32(a.y + token * a.y_stride + out, total_f32x4);
 }
 
@@ -111,10 +111,10 @@ void prepare_int8_neon(const TokenInput& in, uint8_t* token) {
         for (size_t t = 0; t < kGroupTiles; ++t) {
             store_plane_order(q_i8x16[2 * t], q_i8x16[2 * t + 1], q + t * kTileInputs);
         }
-        scales[group] = scale;
+        scales[group] = in.multiplier * scale;
         sums[group] = vaddvq_s32(sum_i32x4);
     }
-    *offset_sum(token) = sum_lanes(offsets_f32x4);
+    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x4);
 }
 
 // total += d * (scale * float(2P - S)), every operation rounded on its own; `negative` is -P.
@@ -202,10 +202,10 @@ void prepare_fp32_neon(const TokenInput& in, uint8_t* token) {
         const GroupInput group_in = group_input(in, first, padding);
         for (size_t i = 0; i < 32; ++i) {
             offsets_f32x4[i % 4] = add_offsets(offsets_f32x4[i % 4], group_in, 4 * i);
-            vst1q_f32(xs + 4 * i, scaled_inputs(group_in, 4 * i));
+            vst1q_f32(xs + 4 * i, vmulq_n_f32(scaled_inputs(group_in, 4 * i), in.multiplier));
         }
     }
-    *offset_sum(token) = sum_lanes(offsets_f32x4);
+    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x4);
 }
 
 // The order of additions of one output does not depend on kTokens: inputs of a group, then groups.

@@ -74,7 +74,7 @@ void finish(const MultiplyArgs& a, size_t token, size_t tile, size_t row, float 
     if (a.row_alpha) total = a.row_alpha[tile * a.row_step + row] * total;
     if (a.row_beta) total = total + a.row_beta[tile * a.row_step + row] * sum;
     if (a.add_offset_sum) total = total + sum;
-    if (a.bias) total = total + a.bias[tile * kTileRows + row];
+    if (a.bias) total = total + a.bias[token * a.bias_stride + tile * kTileRows + row];
     a.y[token * a.y_stride + tile * kTileRows + row] = total;
 }
 
@@ -107,10 +107,10 @@ void prepare_int8_scalar(const TokenInput& in, uint8_t* token) {
             q[first + i] = static_cast<int8_t>(value);
             sum += value;
         }
-        scales[group] = scale;
+        scales[group] = in.multiplier * scale;
         sums[group] = sum;
     }
-    *offset_sum(token) = offsets.reduce();
+    *offset_sum(token) = in.multiplier * offsets.reduce();
 }
 
 void binary_matmul_int8_scalar(const MultiplyArgs& a) {
@@ -145,8 +145,8 @@ size_t token_bytes_fp32_scalar(size_t k) { return kTokenHeaderBytes + align_up(k
 void prepare_fp32_scalar(const TokenInput& in, uint8_t* token) {
     float* xs = reinterpret_cast<float*>(token + kTokenHeaderBytes);
     LaneSum offsets;
-    for (size_t k = 0; k < in.k; ++k) xs[k] = scaled_input(in, k, offsets);
-    *offset_sum(token) = offsets.reduce();
+    for (size_t k = 0; k < in.k; ++k) xs[k] = in.multiplier * scaled_input(in, k, offsets);
+    *offset_sum(token) = in.multiplier * offsets.reduce();
 }
 
 void binary_matmul_fp32_scalar(const MultiplyArgs& a) {
