@@ -51,6 +51,11 @@ def test_onnx_runtime_is_told_the_reason(tmp_path: Path) -> None:
     assert call(folder / "test_ort_errors", env={"ASAN_OPTIONS": "detect_leaks=0"}) == "0 failed\n"
 
 
+def test_pool_is_used_only_while_it_helps(tmp_path: Path) -> None:
+    folder = build(tmp_path, target="test_pool")
+    assert call(folder / "test_pool") == "0 failed\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="nm's letters are those of ELF")
 def test_kernel_objects_have_no_weak_symbols(tmp_path: Path) -> None:
     """Built without optimisation, where nothing is inlined away.

@@ -1,4 +1,10 @@
-// ONNX Runtime's thread pool as the library's parallel-for.
+// ONNX Runtime's thread pool as the library's parallel-for, used only while it helps.
+//
+// A parallel region ends when its slowest thread does. When another process takes a core away from one of them in the
+// middle of a piece, the rest wait until it is scheduled again: milliseconds, against microseconds of work, and
+// decoding falls to a quarter of its speed. So the pool watches how long the calling thread waits after its own last
+// piece. After a wait that the work can't explain, regions run on the calling thread alone for a while, each time
+// longer while it goes on happening; then the pool is tried again. The state is the process's, as is what it measures.
 #pragma once
 
 #include "../binary_matmul.h"
