@@ -7,7 +7,7 @@ NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -p
 DATA ?= ../shared/data
 RUNS ?= runs/default
 
-.PHONY: chat test test-native-asan check format model bench-ops bench-peers bench-levels clean
+.PHONY: chat test test-native-asan check format model bench-ops bench-peers bench-peers-avx2 bench-levels clean
 
 chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
 	@$(BIN)/fbiedge chat
@@ -30,9 +30,16 @@ bench-ops: $(VENV)/dev.stamp  ## the kernels against the machine's speed of read
 bench-peers: $(VENV)/dev.stamp .venv-peers/stamp  ## fbiedge beside stock ONNX Runtime and llama.cpp; last line JSON
 	@$(BIN)/python tests/benchmarks/peers.py --llama-python .venv-peers/bin/python $(PEER_OPTIONS)
 
-.venv-peers/stamp:
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 gguf==0.19.0
+# The same for machines without AVX-512: our AVX2 kernels and a llama.cpp built for AVX2.
+bench-peers-avx2: $(VENV)/dev.stamp .venv-peers-avx2/stamp  ## our AVX2 kernels beside llama.cpp built without AVX-512
+	@$(BIN)/python tests/benchmarks/peers.py --isa avx2 --only fbiedge,llama.cpp \
+	    --llama-python .venv-peers-avx2/bin/python $(PEER_OPTIONS)
+
+.venv-peers-avx2/stamp: export CMAKE_ARGS = -DGGML_NATIVE=OFF -DGGML_AVX512=OFF \
+    $(foreach feature,SSE42 AVX AVX2 FMA F16C BMI2,-DGGML_$(feature)=ON)
+.venv-peers/stamp .venv-peers-avx2/stamp:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir llama-cpp-python==0.3.36 gguf==0.19.0
 	@touch $@
 
 bench-levels: $(VENV)/dev.stamp  ## what each accuracy level of the bundled model costs on TEXT; last line JSON
@@ -54,7 +61,7 @@ model: $(VENV)/dev.stamp  ## train the bundled model again from DATA (hours on t
 	$(BIN)/fbiedge export $(RUNS)/student/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
 
 clean:
-	rm -rf $(VENV) .venv-peers build
+	rm -rf $(VENV) .venv-peers .venv-peers-avx2 build
 
 # $(call native,FOLDER,OPTIONS): build runtime_ops alone into build/FOLDER.
 native = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S runtime_ops -B build/$(1) $(2) >/dev/null \

@@ -1,10 +1,11 @@
 """llama.cpp's side of `make bench-peers`, run by the interpreter of .venv-peers (llama-cpp-python and gguf from PyPI).
 
-    llama_cpp_peer.py write '{config.json as text}' OUT.gguf    random weights: Q1_0 linears, Q8_0 head and embedding
+    llama_cpp_peer.py write '{config.json as text}' OUT.gguf q1_0 q8_0    random weights: type of linears, of the head
     llama_cpp_peer.py serve '{"model": …, "threads": …, "depth": …, "tokens": …, "context": …}'
 
 `serve` answers as fbiedge.bench_worker does. Q1_0 holds 128 weights of a row in 18 bytes: an fp16 scale, then 128 sign
-bits, lowest first. llama.cpp computes the logits of a prompt's last token alone, as its users get them.
+bits, lowest first; TQ2_0 (ternary, two bits a weight) 256 in 66: 64 bytes of 2-bit codes, then the scale. The embedding
+has the head's type. llama.cpp computes the logits of a prompt's last token alone, as its users get them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 128
+# Type of the linears -> weights a block, bytes of its codes, whether the fp16 scale comes first.
+BLOCKS = {"q1_0": (128, 16, True), "tq2_0": (256, 64, False)}
 
 
-def write(config: dict[str, Any], out: Path) -> None:
-    """A Llama of the shape that `config` says; K of every linear must be a multiple of 128."""
+def write(config: dict[str, Any], out: Path, linears: str, head: str) -> None:
+    """A Llama of the shape that `config` says; K of every linear must be a multiple of the block's weights."""
     import gguf
+
+    kind = gguf.GGMLQuantizationType[linears.upper()]
+    weights, code_bytes, scale_first = BLOCKS[linears]
 
     generator = np.random.default_rng(0)
     writer = gguf.GGUFWriter(out, "llama")
@@ -40,20 +45,22 @@ def write(config: dict[str, Any], out: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q1_0))
+    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{linears.upper()}"]))
 
     def linear(name: str, n: int, k: int) -> None:
-        if k % BLOCK:
-            raise SystemExit(f"{name} has {k} inputs, Q1_0 takes multiples of {BLOCK}")
-        blocks = np.empty((n, k // BLOCK, 2 + BLOCK // 8), np.uint8)
-        blocks[..., :2] = generator.uniform(0.01, 0.03, (n, k // BLOCK, 1)).astype(np.float16).view(np.uint8)
-        blocks[..., 2:] = generator.integers(0, 256, (n, k // BLOCK, BLOCK // 8), np.uint8)
-        writer.add_tensor(name, blocks.reshape(n, -1), raw_dtype=gguf.GGMLQuantizationType.Q1_0)
+        if k % weights:
+            raise SystemExit(f"{name} has {k} inputs, {linears} takes multiples of {weights}")
+        scales = generator.uniform(0.01, 0.03, (n, k // weights, 1)).astype(np.float16).view(np.uint8)
+        codes = generator.integers(0, 256, (n, k // weights, code_bytes), np.uint8)
+        if linears == "tq2_0":  # 2 bits, 0 to 2 for -1 to 1; ours are -1 and 1
+            codes = (codes & 0b01010101) << 1
+        blocks = np.concatenate([scales, codes] if scale_first else [codes, scales], axis=2)
+        writer.add_tensor(name, blocks.reshape(n, -1), raw_dtype=kind)
 
     def table(name: str) -> None:
         values = generator.standard_normal((config["vocab_size"], hidden), np.float32) * np.float32(0.02)
-        kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        table_kind = gguf.GGMLQuantizationType[head.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(values, table_kind), raw_dtype=table_kind)
 
     table("token_embd.weight")
     table("output.weight")
@@ -93,16 +100,16 @@ def serve(settings: dict[str, Any]) -> None:
     if not context:
         raise SystemExit("llama.cpp can't make a context")
     loaded = perf_counter()
-    depth, tokens = settings["depth"], settings["tokens"]
+    depth, length = settings["depth"], settings["tokens"]
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    ids = np.random.default_rng(0).integers(0, vocabulary, depth + tokens).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, vocabulary, depth + length).astype(np.int32)
     memory = llama_cpp.llama_get_memory(context)
 
     def forward(first: int, last: int) -> None:
         for at in range(first, last, parameters.n_batch):
             count = min(parameters.n_batch, last - at)
-            batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * count)(*ids[at : at + count]), count)
-            if llama_cpp.llama_decode(context, batch) != 0:
+            tokens = (ctypes.c_int32 * count)(*ids[at : at + count])  # the batch only points to it
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)) != 0:
                 raise SystemExit("llama_decode failed")
         llama_cpp.llama_get_logits_ith(context, -1)  # waits for the result
 
@@ -124,9 +131,9 @@ def serve(settings: dict[str, Any]) -> None:
         truncate(depth)
         started = perf_counter()
         if command == "prefill":
-            forward(depth, depth + tokens)
+            forward(depth, depth + length)
         else:
-            for at in range(depth, depth + tokens):
+            for at in range(depth, depth + length):
                 forward(at, at + 1)
         answer({"seconds": perf_counter() - started})
 
@@ -146,6 +153,6 @@ def answer(document: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write(json.loads(sys.argv[2]), Path(sys.argv[3]))
+        write(json.loads(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
     else:
         serve(json.loads(sys.argv[2]))

@@ -1,21 +1,22 @@
 """Speed of fbiedge beside what a user would pick instead, in one run on one machine: `make bench-peers`.
 
-    python tests/benchmarks/peers.py [--preset 130m] [--depth 0,512,1024] [--threads 1,2] [--repetitions 5]
+    python tests/benchmarks/peers.py [--preset 130m] [--head int8] [--depth 0,512,1024] [--threads 1,2] [--repetitions 5]
 
-Engines: fbiedge; stock ONNX Runtime with the same graph in MatMulNBits of 2 and of 4 bits; llama.cpp with Q1_0, when
-.venv-peers holds it (`make bench-peers` sees to that). Same shape, random weights, an int8 head everywhere (Q8_0 in
-llama.cpp). For each configuration every engine has a process; they take turns, A B C D A B C D …. Printed are medians,
-the spread, and how many times as fast as each peer fbiedge is. Ratios below 1 are printed like the others. The last
-line is one JSON document. Models go to --folder and are reused.
+Engines: fbiedge; stock ONNX Runtime, the same model in MatMulNBits of 2 and of 4 bits; llama.cpp with Q1_0 and with
+ternary TQ2_0, when .venv-peers holds it (`make bench-peers` sees to that). Same shape, random weights, a head of the same
+precision everywhere (Q8_0 or Q4_0 in llama.cpp). For each configuration every engine has a process; they take turns,
+A B C D A B C D …. Printed are medians, the spread, and how many times as fast as each peer fbiedge is. Ratios below 1 are
+printed like the others. The last line is one JSON document. Models go to --folder and are reused.
 
-Two differences to know: fbiedge and ONNX Runtime compute logits for every token of a prompt, llama.cpp for the last one
-alone; and llama.cpp holds its KV cache as fp16, the others as fp32.
+All compute the logits of a prompt's last token alone. Each holds its KV cache as it does by default: fbiedge int8, ONNX
+Runtime fp32, llama.cpp fp16. Against llama.cpp built without AVX-512: `make bench-peers-avx2`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,7 +29,9 @@ from peer_models import RandomWeights, parameters, write_stock_onnx
 from fbiedge.bench import WORKER, BenchOptions, ReadLoop, Spread, Worker
 from fbiedge.config import ModelConfig, preset
 from fbiedge.exporters.onnx import export_onnx
+from fbiedge.exporters.onnx.options import ExportOptions, Head
 from fbiedge.machine import describe_machine
+from fbiedge.ops_library import active_isa
 
 LLAMA_CPP_PEER = Path(__file__).with_name("llama_cpp_peer.py")
 
@@ -43,29 +46,41 @@ class Engine:
     program: tuple[str, ...] = WORKER
 
 
-def write_ours(config: ModelConfig, out: Path) -> None:
-    export_onnx(RandomWeights(config), out)
+HEADS = {"int8": "q8_0", "int4": "q4_0"}  # and what llama.cpp calls about the same
 
 
-def write_stock(bits: int) -> Callable[[ModelConfig, Path], None]:
-    return lambda config, out: write_stock_onnx(RandomWeights(replace(config, scaling_pattern="block")), out, bits=bits)
-
-
-def engines(scaling_pattern: str, llama_python: Path | None) -> list[Engine]:
+def engines(scaling_pattern: str, head: Head, llama_python: Path | None) -> list[Engine]:
     """Ours first."""
+
+    def write_ours(config: ModelConfig, out: Path) -> None:
+        export_onnx(RandomWeights(config), out, head=head)
+
+    def write_stock(bits: int) -> Callable[[ModelConfig, Path], None]:
+        def write(config: ModelConfig, out: Path) -> None:
+            weights = RandomWeights(replace(config, scaling_pattern="block"))
+            write_stock_onnx(weights, out, bits=bits, options=ExportOptions(head=head))
+
+        return write
+
     found = [
-        Engine("fbiedge", f"fbiedge-{scaling_pattern}.onnx", write_ours),
-        Engine("onnxruntime 2-bit", "stock-2.onnx", write_stock(2)),
-        Engine("onnxruntime 4-bit", "stock-4.onnx", write_stock(4)),
+        Engine("fbiedge", f"fbiedge-{scaling_pattern}-{head}.onnx", write_ours),
+        Engine("onnxruntime 2-bit", f"stock-2-{head}.onnx", write_stock(2)),
+        Engine("onnxruntime 4-bit", f"stock-4-{head}.onnx", write_stock(4)),
     ]
-    if llama_python is not None:
+    if llama_python is None:
+        return found
 
-        def write_gguf(config: ModelConfig, out: Path) -> None:
-            document = json.dumps(config.to_dict())
-            subprocess.run([str(llama_python), str(LLAMA_CPP_PEER), "write", document, str(out)], check=True)
+    def write_gguf(linears: str) -> Callable[[ModelConfig, Path], None]:
+        def write(config: ModelConfig, out: Path) -> None:
+            arguments = ["write", json.dumps(config.to_dict()), str(out), linears, HEADS[head]]
+            subprocess.run([str(llama_python), str(LLAMA_CPP_PEER), *arguments], check=True)
 
-        program = (str(llama_python), str(LLAMA_CPP_PEER), "serve")
-        found.append(Engine("llama.cpp Q1_0", "q1_0.gguf", write_gguf, program))
+        return write
+
+    program = (str(llama_python), str(LLAMA_CPP_PEER), "serve")
+    for linears in ("q1_0", "tq2_0"):
+        name = f"llama.cpp {linears.upper()}"
+        found.append(Engine(name, f"{linears}-{HEADS[head]}.gguf", write_gguf(linears), program))
     return found
 
 
@@ -125,6 +140,9 @@ def main() -> None:
     parser.add_argument(
         "--scaling-pattern", default="column", choices=("column", "row", "single", "block"), help="ours"
     )
+    parser.add_argument("--head", default="int8", choices=tuple(HEADS))
+    parser.add_argument("--isa", help="our kernels, as FBIEDGE_ISA; for a llama.cpp built for as little")
+    parser.add_argument("--only", default="", help="engines whose names hold one of these words: fbiedge,Q1_0")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--gen-tokens", type=int, default=64)
     parser.add_argument("--depth", type=numbers)
@@ -139,7 +157,11 @@ def main() -> None:
         prompt_tokens=arguments.prompt_tokens, gen_tokens=arguments.gen_tokens, depths=arguments.depth,
         threads=arguments.threads, repetitions=arguments.repetitions,
     ).for_context(config.max_position_embeddings)  # fmt: skip
-    found = engines(arguments.scaling_pattern, arguments.llama_python)
+    if arguments.isa:
+        os.environ["FBIEDGE_ISA"] = arguments.isa
+    ours, *others = engines(arguments.scaling_pattern, arguments.head, arguments.llama_python)
+    words = arguments.only.split(",")
+    found = [ours, *(engine for engine in others if any(word in engine.name for word in words))]
     folder = arguments.folder / arguments.preset
     folder.mkdir(parents=True, exist_ok=True)
     for engine in found:
@@ -151,12 +173,14 @@ def main() -> None:
     threads = options.threads or ()
     reading = {count: Spread.of([loop.memory(count) for _ in range(5)]) for count in threads}
     print(f"{arguments.preset}, {parameters(config) / 1e6:.0f}M parameters, on {machine.cpu}, {machine.cores} cores")
+    print(f"head {arguments.head}, kernels {active_isa()}")
     print(f"load average {machine.load_average}, {machine.date}, commit {machine.commit}")
     print(", ".join(f"{count} threads read {speed.median:.1f} GB/s" for count, speed in reading.items()))
     print(HEADINGS)
     rows = measure(config, found, folder, options)
     document = {
-        "preset": arguments.preset, "scaling_pattern": arguments.scaling_pattern, "options": asdict(options),
+        "preset": arguments.preset, "scaling_pattern": arguments.scaling_pattern, "head": arguments.head,
+        "isa": active_isa(), "options": asdict(options),
         "machine": asdict(machine), "read_gb_per_second": {count: asdict(speed) for count, speed in reading.items()},
         "rows": rows,
     }  # fmt: skip
