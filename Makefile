@@ -39,7 +39,8 @@ bench-peers-avx2: $(VENV)/dev.stamp .venv-peers-avx2/stamp  ## our AVX2 kernels 
     $(foreach feature,SSE42 AVX AVX2 FMA F16C BMI2,-DGGML_$(feature)=ON)
 .venv-peers/stamp .venv-peers-avx2/stamp:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir llama-cpp-python==0.3.36 gguf==0.19.0
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir llama-cpp-python==0.3.36 \
+	    ik-llama-cpp-python==0.1.5 gguf==0.19.0
 	@touch $@
 
 bench-levels: $(VENV)/dev.stamp  ## what each accuracy level of the bundled model costs on TEXT; last line JSON

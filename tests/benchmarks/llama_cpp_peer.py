@@ -1,6 +1,7 @@
 """llama.cpp's side of `make bench-peers`, run by the interpreter of .venv-peers (llama-cpp-python and gguf from PyPI).
 
     llama_cpp_peer.py write '{config.json as text}' OUT.gguf q1_0 q8_0    random weights: type of linears, of the head
+    llama_cpp_peer.py serve-ik …                               the same through ik_llama.cpp (ik-llama-cpp-python)
     llama_cpp_peer.py serve '{"model": …, "threads": …, "depth": …, "tokens": …, "context": …}'
 
 `serve` answers as fbiedge.bench_worker does. Q1_0 holds 128 weights of a row in 18 bytes: an fp16 scale, then 128 sign
@@ -11,6 +12,7 @@ has the head's type. llama.cpp computes the logits of a prompt's last token alon
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -82,59 +84,106 @@ def write(config: dict[str, Any], out: Path, linears: str, head: str) -> None:
     writer.close()
 
 
-def serve(settings: dict[str, Any]) -> None:
-    """Load, fill the cache, then answer the commands on stdin."""
-    import llama_cpp
+class LlamaCpp:
+    """A model in llama.cpp, with what a measurement needs of it."""
 
-    log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    package = "llama_cpp"
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import llama_cpp
+
+        self.api = self.load_api(llama_cpp.llama_log_set, llama_cpp)
+        self.version = llama_cpp.__version__
+        self.open(settings)
+        self.memory = self.api.llama_get_memory(self.context)
+
+    def load_api(self, set_log: Any, api: Any) -> Any:
+        """Silence the log."""
+        self.log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+        set_log(self.log, ctypes.c_void_p(0))
+        return api
+
+    def open(self, settings: dict[str, Any]) -> None:
+        api = self.api
+        api.llama_backend_init()
+        self.model = api.llama_model_load_from_file(settings["model"].encode(), api.llama_model_default_params())
+        if not self.model:
+            raise SystemExit(f"llama.cpp can't load {settings['model']}")
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx = settings["context"]
+        parameters.n_threads = parameters.n_threads_batch = settings["threads"]
+        self.context = api.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            raise SystemExit("llama.cpp can't make a context")
+        self.batch_tokens = parameters.n_batch
+        self.vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+
+    def forward(self, ids: list[int], first: int) -> None:
+        """Append `ids`, of which the first is at position `first`, and wait for the last one's logits."""
+        for at in range(0, len(ids), self.batch_tokens):
+            part = ids[at : at + self.batch_tokens]
+            tokens = (ctypes.c_int32 * len(part))(*part)  # the batch only points to it
+            if self.api.llama_decode(self.context, self.batch(tokens, len(part), first + at)) != 0:
+                raise SystemExit("llama_decode failed")
+        self.api.llama_get_logits_ith(self.context, -1)
+
+    def batch(self, tokens: Any, count: int, _first: int) -> Any:
+        return self.api.llama_batch_get_one(tokens, count)
+
+    def truncate(self, length: int) -> None:
+        self.api.llama_memory_seq_rm(self.memory, 0, length, -1)
+
+
+class IkLlamaCpp(LlamaCpp):
+    """ik_llama.cpp, which kept an older interface and whose package declares only a part of it."""
+
+    package = "ik_llama_cpp"
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import ik_llama_cpp
+        from ik_llama_cpp import _ctypes_api as api
+
+        library = api._lib
+        self.api = self.load_api(library.llama_log_set, api)
+        self.version = ik_llama_cpp.__version__
+        self.remove = library.llama_kv_cache_seq_rm
+        self.remove.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
+        self.open(settings)
+
+    def batch(self, tokens: Any, count: int, first: int) -> Any:
+        return self.api.llama_batch(n_tokens=count, token=tokens, all_pos_0=first, all_pos_1=1, all_seq_id=0)
+
+    def truncate(self, length: int) -> None:
+        self.remove(self.context, 0, length, -1)
+
+
+def serve(settings: dict[str, Any], engine: type[LlamaCpp]) -> None:
+    """Load, fill the cache, then answer the commands on stdin."""
+    importlib.import_module(engine.package)
     started = perf_counter()
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(settings["model"].encode(), llama_cpp.llama_model_default_params())
-    if not model:
-        raise SystemExit(f"llama.cpp can't load {settings['model']}")
-    parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = settings["context"]
-    parameters.n_threads = parameters.n_threads_batch = settings["threads"]
-    context = llama_cpp.llama_init_from_model(model, parameters)
-    if not context:
-        raise SystemExit("llama.cpp can't make a context")
+    llama = engine(settings)
     loaded = perf_counter()
     depth, length = settings["depth"], settings["tokens"]
-    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    ids = np.random.default_rng(0).integers(0, vocabulary, depth + length).astype(np.int32)
-    memory = llama_cpp.llama_get_memory(context)
-
-    def forward(first: int, last: int) -> None:
-        for at in range(first, last, parameters.n_batch):
-            count = min(parameters.n_batch, last - at)
-            tokens = (ctypes.c_int32 * count)(*ids[at : at + count])  # the batch only points to it
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)) != 0:
-                raise SystemExit("llama_decode failed")
-        llama_cpp.llama_get_logits_ith(context, -1)  # waits for the result
-
-    def truncate(length: int) -> None:
-        llama_cpp.llama_memory_seq_rm(memory, 0, length, -1)
-
-    forward(0, 1)
+    ids = [int(token) for token in np.random.default_rng(0).integers(0, llama.vocabulary, depth + length)]
+    llama.forward(ids[:1], 0)
     first = perf_counter()
-    truncate(0)
+    llama.truncate(0)
     if depth:
-        forward(0, depth)
-    answer({"load_seconds": loaded - started, "first_token_seconds": first - loaded, "version": llama_cpp.__version__})
+        llama.forward(ids[:depth], 0)
+    answer({"load_seconds": loaded - started, "first_token_seconds": first - loaded, "version": llama.version})
     for command in map(str.strip, sys.stdin):
         if command == "memory":
             answer({"peak_rss_bytes": peak_rss_bytes()})
             continue
-        truncate(depth)
-        forward(depth, depth + 1)
-        truncate(depth)
+        llama.truncate(depth)
+        llama.forward(ids[depth : depth + 1], depth)
+        llama.truncate(depth)
         started = perf_counter()
         if command == "prefill":
-            forward(depth, depth + length)
+            llama.forward(ids[depth:], depth)
         else:
             for at in range(depth, depth + length):
-                forward(at, at + 1)
+                llama.forward(ids[at : at + 1], at)
         answer({"seconds": perf_counter() - started})
 
 
@@ -155,4 +204,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write(json.loads(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
     else:
-        serve(json.loads(sys.argv[2]))
+        serve(json.loads(sys.argv[2]), IkLlamaCpp if sys.argv[1] == "serve-ik" else LlamaCpp)

@@ -3,7 +3,8 @@
     python tests/benchmarks/peers.py [--preset 130m] [--head int8] [--depth 0,512,1024] [--threads 1,2] [--repetitions 5]
 
 Engines: fbiedge; stock ONNX Runtime, the same model in MatMulNBits of 2 and of 4 bits; llama.cpp with Q1_0 and with
-ternary TQ2_0, when .venv-peers holds it (`make bench-peers` sees to that). Same shape, random weights, a head of the same
+ternary TQ2_0, built for this machine, and ik_llama.cpp with Q1_0 as its package has it (built for AVX2), when .venv-peers
+holds them (`make bench-peers` sees to that). Same shape, random weights, a head of the same
 precision everywhere (Q8_0 or Q4_0 in llama.cpp). For each configuration every engine has a process; they take turns,
 A B C D A B C D …. Printed are medians, the spread, and how many times as fast as each peer fbiedge is. Ratios below 1 are
 printed like the others. The last line is one JSON document. Models go to --folder and are reused.
@@ -77,9 +78,12 @@ def engines(scaling_pattern: str, head: Head, llama_python: Path | None) -> list
 
         return write
 
-    program = (str(llama_python), str(LLAMA_CPP_PEER), "serve")
-    for linears in ("q1_0", "tq2_0"):
-        name = f"llama.cpp {linears.upper()}"
+    for name, linears, verb in (
+        ("llama.cpp Q1_0", "q1_0", "serve"),
+        ("llama.cpp TQ2_0", "tq2_0", "serve"),
+        ("ik_llama.cpp Q1_0", "q1_0", "serve-ik"),
+    ):
+        program = (str(llama_python), str(LLAMA_CPP_PEER), verb)
         found.append(Engine(name, f"{linears}-{HEADS[head]}.gguf", write_gguf(linears), program))
     return found
 
