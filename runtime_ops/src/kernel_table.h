@@ -67,10 +67,13 @@ extern const BinaryKernels kBinaryAvx2;
 extern const BinaryKernels kBinaryAvx512Vnni;
 extern const BinaryKernels kBinaryNeon;
 
+struct ActivationKernels;  // activation_kernels.h
+
 // All kernels of one instruction set (kernels/tables.cc).
 struct KernelTable {
     const char* isa;
     const BinaryKernels* binary;
+    const ActivationKernels* activations;
 };
 
 static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }

@@ -39,10 +39,11 @@ def build(folder: Path, *options: str, target: str) -> Path:
 
 
 def test_native_tests_pass_under_sanitizers(tmp_path: Path) -> None:
-    folder = build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DFBIEDGE_SANITIZE=ON", target="test_binary_matmul")
-    # A leak check needs ptrace, which containers may deny; it is left to a run by hand.
-    output = call(folder / "test_binary_matmul", env={"ASAN_OPTIONS": "detect_leaks=0"})
-    assert ", 0 failed" in output
+    for program in ("test_binary_matmul", "test_activations"):
+        folder = build(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", "-DFBIEDGE_SANITIZE=ON", target=program)
+        # A leak check needs ptrace, which containers may deny; it is left to a run by hand.
+        output = call(folder / program, env={"ASAN_OPTIONS": "detect_leaks=0"})
+        assert output.endswith(" 0 failed\n")
 
 
 def test_onnx_runtime_is_told_the_reason(tmp_path: Path) -> None:
@@ -105,8 +106,10 @@ def test_neon_kernel_equals_the_scalar_one_under_emulation(tmp_path: Path) -> No
         pytest.skip(f"no {' or '.join(missing)} (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)")
     toolchain = f"-DCMAKE_TOOLCHAIN_FILE={SOURCE}/cmake/aarch64-linux-gnu.cmake"
     program = build(tmp_path, toolchain, target="test_binary_matmul") / "test_binary_matmul"
+    activations = build(tmp_path, toolchain, target="test_activations") / "test_activations"
     emulator = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
     with_dotprod = call(*emulator, program)
     assert "kernels: neon scalar\n" in with_dotprod and ", 0 failed" in with_dotprod
+    assert call(*emulator, activations).endswith(" 0 failed\n")
     without = call(*emulator, "-cpu", "cortex-a53", program)  # an older core: must fall back, not crash
     assert "kernels: scalar\n" in without and ", 0 failed" in without

@@ -2,14 +2,16 @@
 
 #include "tables.h"
 
+#include "../activation_kernels.h"
+
 namespace fbiedge {
 
-const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar};
+const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar, &kActivationsScalar};
 #if defined(FBIEDGE_X86)
-const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2};
-const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni};
+const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2, &kActivationsAvx2};
+const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActivationsAvx512};
 #elif defined(FBIEDGE_ARM64)
-const KernelTable kKernelsNeon = {"neon", &kBinaryNeon};
+const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon};
 #endif
 
 }  // namespace fbiedge
