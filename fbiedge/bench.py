@@ -116,11 +116,14 @@ class Measurement:
 
     kind: str  # "prefill" or "decode"
     threads: int
+    threads_used: int  # at most the cores of the machine
     depth: int  # tokens in the cache at the start
     tokens: int  # of one repetition
     tokens_per_second: Spread
     weights_gb_per_second: float | None  # decode on our kernels only: prefill is bound by arithmetic
-    share_of_bandwidth: float | None  # of plain reading of memory by as many threads
+    share_of_bandwidth: (
+        float | None
+    )  # of plainly reading the same memory (the mapped file, if mapped) by as many threads
     kv_cache_bytes: (
         int  # of the tokens at the middle of a repetition: read by each decoded token, on top of the weights
     )
@@ -241,11 +244,14 @@ def _measurement(
     return Measurement(
         kind=kind,
         threads=threads,
+        threads_used=started["threads"],
         depth=depth,
         tokens=tokens,
         tokens_per_second=speed,
         weights_gb_per_second=gigabytes,
-        share_of_bandwidth=None if gigabytes is None else gigabytes / bandwidth.memory.median,
+        share_of_bandwidth=None
+        if gigabytes is None
+        else gigabytes / (bandwidth.mapped_file or bandwidth.memory).median,
         kv_cache_bytes=kv_cache_bytes(config, depth + tokens // 2),
         peak_rss_bytes=peak,
         load_seconds=started["load_seconds"],

@@ -50,6 +50,7 @@ def _serve(settings: dict[str, Any]) -> None:
         {
             "load_seconds": loaded - started,
             "first_token_seconds": first - loaded,
+            "threads": session.threads,
             "isa": session.isa,
             "accuracy_level": session.accuracy_level,
             "fallback_reason": session.fallback_reason,

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path | None, typer.Argument(help="model.onnx made by `fbiedge export`; default: the bundled model")]
-Threads = Annotated[int | None, typer.Option(help="threads; default: one for each core")]
+Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
 AccuracyLevel = Annotated[
     str | None, typer.Option(help="activations: int8 or fp32; default: the model's; the head keeps what it has")
 ]
@@ -144,7 +144,10 @@ def bench(
     depth: Annotated[
         str | None, typer.Option(help="tokens in the cache before decoding; default: 0,512,1024 as far as they fit")
     ] = None,
-    threads: Annotated[str | None, typer.Option(help="thread counts; default: 1 and one for each core")] = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(help="thread counts; by default 1 and one for each core, which is also the most that is used"),
+    ] = None,
     repetitions: Annotated[int, typer.Option(help="measurements of each configuration")] = 5,
     accuracy_level: AccuracyLevel = None,
     as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,

@@ -74,7 +74,8 @@ class Session:
     ) -> Session:
         """Open the model at `path`.
 
-        threads: default_threads() when None. accuracy_level: `int8` or `fp32` in the binary linears instead of what the
+        threads: as many as cores (default_threads()) when None, and at most so many: more only wait for one another.
+        accuracy_level: `int8` or `fp32` in the binary linears instead of what the
         file asks for; the head keeps what it was exported with (see head_activations).
         context: tokens the cache can hold, at most and by default the model's max_position_embeddings.
         Where the op library can't be loaded, the session runs on stock ops and `fallback_reason` says why.
@@ -93,7 +94,7 @@ class Session:
         longest = model.config.max_position_embeddings
         if context is not None and not 1 <= context <= longest:
             raise UsageError(f"context is {context}, expected a number from 1 to {longest}, the context of this model")
-        threads = threads or default_threads()
+        threads = min(threads or default_threads(), default_threads())
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

@@ -325,7 +325,7 @@ def print_bench(report: BenchReport) -> None:
         "tok/s",
         "spread",
         "weights GB/s",
-        "of memory",
+        "of reading",
         "peak RSS MB",
         "load s",
         "first token s",
@@ -335,7 +335,7 @@ def print_bench(report: BenchReport) -> None:
         speed = row.tokens_per_second
         table.add_row(
             f"prefill {row.tokens}" if row.kind == "prefill" else f"decode {row.tokens} at depth {row.depth}",
-            str(row.threads),
+            str(row.threads) if row.threads_used == row.threads else f"{row.threads} ({row.threads_used})",
             _significant(speed.median),
             f"{_significant(speed.minimum)}–{_significant(speed.maximum)}",
             "–" if row.weights_gb_per_second is None else f"{row.weights_gb_per_second:.1f}",

@@ -127,6 +127,10 @@ def test_longer_prompts_than_a_chunk(chat_model: Path, engine: str) -> None:
     np.testing.assert_allclose(Session.open(chat_model).all_logits(ids), expected, **ROUNDING)
 
 
+def test_more_threads_than_cores_are_not_used(plain_model: Path) -> None:
+    assert Session.open(plain_model, threads=1000).threads == default_threads()
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(plain_model: Path, expected: np.ndarray, threads: int, engine: str) -> None:
     np.testing.assert_allclose(Session.open(plain_model, threads=threads).all_logits(IDS), expected, **ROUNDING)
