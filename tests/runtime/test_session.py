@@ -14,6 +14,7 @@ import pytest
 from support.tiny_model import tiny_model
 
 from fbiedge import session as session_module
+from fbiedge.cpu import default_threads
 from fbiedge.errors import ModelFileError, UsageError
 from fbiedge.model_file import ModelFile
 from fbiedge.ops_library import available_isas
