@@ -6,8 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -prune -o -type f -print)
 DATA ?= ../shared/data
 RUNS ?= runs/default
+MODEL ?= $(RUNS)/student/model
+ONNX ?= fbiedge/models/default.onnx
+TEXT ?= $(RUNS)/text/held_out_stories.txt
 
-.PHONY: chat test test-native-asan check format model bench-ops bench-peers bench-peers-avx2 bench-levels clean
+.PHONY: chat test test-native-asan check format model bench-ops bench-peers bench-peers-avx2 bench-levels bench-neighbour clean
 
 chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
 	@$(BIN)/fbiedge chat
@@ -43,8 +46,11 @@ bench-peers-avx2: $(VENV)/dev.stamp .venv-peers-avx2/stamp  ## our AVX2 kernels 
 	    ik-llama-cpp-python==0.1.5 gguf==0.19.0
 	@touch $@
 
-bench-levels: $(VENV)/dev.stamp  ## what each accuracy level of the bundled model costs on TEXT; last line JSON
-	@$(BIN)/python tests/benchmarks/levels.py fbiedge/models/default.onnx $(TEXT)
+bench-levels: $(VENV)/dev.stamp  ## what levels, heads, KV caches and kernels cost on TEXT, with MODEL a checkpoint; last line JSON
+	@$(BIN)/python tests/benchmarks/levels.py $(MODEL) $(TEXT)
+
+bench-neighbour: $(VENV)/dev.stamp  ## decode of ONNX (a file) beside another busy process; last line JSON
+	@$(BIN)/python tests/benchmarks/neighbour.py $(ONNX)
 
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .
