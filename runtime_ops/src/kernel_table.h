@@ -68,12 +68,14 @@ extern const BinaryKernels kBinaryAvx512Vnni;
 extern const BinaryKernels kBinaryNeon;
 
 struct ActivationKernels;  // activation_kernels.h
+struct AttentionKernels;  // attention_kernels.h
 
 // All kernels of one instruction set (kernels/tables.cc).
 struct KernelTable {
     const char* isa;
     const BinaryKernels* binary;
     const ActivationKernels* activations;
+    const AttentionKernels* attention;
 };
 
 static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }

@@ -3,15 +3,16 @@
 #include "tables.h"
 
 #include "../activation_kernels.h"
+#include "../attention_kernels.h"
 
 namespace fbiedge {
 
-const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar, &kActivationsScalar};
+const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar, &kActivationsScalar, &kAttentionScalar};
 #if defined(FBIEDGE_X86)
-const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2, &kActivationsAvx2};
-const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActivationsAvx512};
+const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2, &kActivationsAvx2, &kAttentionScalar};
+const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActivationsAvx512, &kAttentionAvx512Vnni};
 #elif defined(FBIEDGE_ARM64)
-const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon};
+const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionScalar};
 #endif
 
 }  // namespace fbiedge
