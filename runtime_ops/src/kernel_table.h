@@ -68,7 +68,8 @@ extern const BinaryKernels kBinaryAvx512Vnni;
 extern const BinaryKernels kBinaryNeon;
 
 struct ActivationKernels;  // activation_kernels.h
-struct AttentionKernels;  // attention_kernels.h
+struct AttentionKernels;   // attention_kernels.h
+struct NBitsKernels;       // matmul_nbits_kernels.h
 
 // All kernels of one instruction set (kernels/tables.cc).
 struct KernelTable {
@@ -76,6 +77,7 @@ struct KernelTable {
     const BinaryKernels* binary;
     const ActivationKernels* activations;
     const AttentionKernels* attention;
+    const NBitsKernels* nbits;
 };
 
 static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }

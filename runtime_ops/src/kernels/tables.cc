@@ -4,15 +4,17 @@
 
 #include "../activation_kernels.h"
 #include "../attention_kernels.h"
+#include "../matmul_nbits_kernels.h"
 
 namespace fbiedge {
 
-const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar, &kActivationsScalar, &kAttentionScalar};
+const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar, &kActivationsScalar, &kAttentionScalar, &kNBitsScalar};
 #if defined(FBIEDGE_X86)
-const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2, &kActivationsAvx2, &kAttentionScalar};
-const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActivationsAvx512, &kAttentionAvx512Vnni};
+const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2, &kActivationsAvx2, &kAttentionScalar, &kNBitsAvx2};
+const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActivationsAvx512, &kAttentionAvx512Vnni,
+                                        &kNBitsAvx512Vnni};
 #elif defined(FBIEDGE_ARM64)
-const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionScalar};
+const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionScalar, &kNBitsNeon};
 #endif
 
 }  // namespace fbiedge
