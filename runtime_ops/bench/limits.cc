@@ -119,7 +119,7 @@ double read_gigabytes_per_second(const uint8_t* data, size_t bytes) {
 
 double int8_peak_gmacs_per_second(const char* isa) {
 #if defined(__x86_64__) || defined(_M_X64)
-    if (std::strcmp(isa, "avx512vnni") == 0) return best_gmacs(rounds_avx512vnni, kChains, 64);
+    if (std::strncmp(isa, "avx512", 6) == 0) return best_gmacs(rounds_avx512vnni, kChains, 64);
     if (std::strcmp(isa, "avx2") == 0) return best_gmacs(rounds_avx2, kChainsAvx2, 32);
 #elif defined(__aarch64__)
     if (std::strcmp(isa, "neon") == 0) return best_gmacs(rounds_neon, kChains, 16);

@@ -60,8 +60,8 @@ unsigned saved_registers() {
 
 bool all(unsigned value, unsigned mask) { return (value & mask) == mask; }
 
-void detect(bool& avx2, bool& avx512vnni) {
-    avx2 = avx512vnni = false;
+void detect(bool& avx2, bool& avx512vnni, bool& avx512vbmi) {
+    avx2 = avx512vnni = avx512vbmi = false;
     const Registers leaf1 = cpuid(1), leaf7 = cpuid(7);
     const unsigned osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
     if (!all(leaf1.c, osxsave | avx | f16c)) return;
@@ -69,6 +69,7 @@ void detect(bool& avx2, bool& avx512vnni) {
     avx2 = all(saved, 0x06) && all(leaf7.b, 1u << 5);
     const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
     avx512vnni = avx2 && all(saved, 0xe6) && all(leaf7.b, f | dq | bw | vl) && all(leaf7.c, vnni);
+    avx512vbmi = avx512vnni && all(leaf7.c, 1u << 1);
 }
 
 #elif defined(FBIEDGE_ARM64)
@@ -93,8 +94,9 @@ bool has_dotprod() {
 AvailableKernels detect_kernels() {
     AvailableKernels kernels = {};
 #if defined(FBIEDGE_X86)
-    bool avx2, avx512vnni;
-    detect(avx2, avx512vnni);
+    bool avx2, avx512vnni, avx512vbmi;
+    detect(avx2, avx512vnni, avx512vbmi);
+    if (avx512vbmi) kernels.tables[kernels.count++] = &kKernelsAvx512Vbmi;
     if (avx512vnni) kernels.tables[kernels.count++] = &kKernelsAvx512Vnni;
     if (avx2) kernels.tables[kernels.count++] = &kKernelsAvx2;
 #elif defined(FBIEDGE_ARM64)
@@ -112,7 +114,7 @@ const AvailableKernels& available_kernels() {
 }
 
 bool is_known_isa(const char* isa) {
-    static const char* const names[] = {"avx512vnni", "avx2", "neon", "scalar"};
+    static const char* const names[] = {"avx512vbmi", "avx512vnni", "avx2", "neon", "scalar"};
     for (const char* name : names) {
         if (std::strcmp(name, isa) == 0) return true;
     }

@@ -20,8 +20,8 @@ constexpr size_t kTileInputs = 32;
 constexpr size_t kTileBytes = kTileRows * kTileInputs / 8;
 constexpr size_t kGroupInputs = 128;  // inputs that share one int8 scale of a token, or one block scale of a row
 constexpr size_t kGroupTiles = kGroupInputs / kTileInputs;
-constexpr size_t kMaxTokens = 64;  // most tokens of one multiply call
-constexpr size_t kAlignment = 64;  // bytes, of prepared tokens
+constexpr size_t kMaxTokens = 128;  // most tokens of one multiply call
+constexpr size_t kAlignment = 64;   // bytes, of prepared tokens
 
 struct TokenInput {
     const float* x;      // [K]
@@ -65,6 +65,7 @@ struct BinaryKernels {
 extern const BinaryKernels kBinaryScalar;
 extern const BinaryKernels kBinaryAvx2;
 extern const BinaryKernels kBinaryAvx512Vnni;
+extern const BinaryKernels kBinaryAvx512Vbmi;
 extern const BinaryKernels kBinaryNeon;
 
 struct ActivationKernels;  // activation_kernels.h

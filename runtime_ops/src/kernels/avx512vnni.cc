@@ -12,9 +12,7 @@
 // does 16 rows x 4 inputs at a time, and ignores the bits above the lowest 4, so a shift of v is all the unpacking
 // there is. That is 64 multiply-accumulates for a shift, a permute and an add, against 16 for an FMA.
 
-#include <immintrin.h>
-
-#include "../kernel_table.h"
+#include "avx512.h"
 
 namespace fbiedge {
 namespace {
@@ -24,53 +22,6 @@ constexpr size_t kTableFloats = 16;
 constexpr size_t kTablesPerTile = kTileInputs / kInputsPerTable;
 constexpr size_t kQuadsPerTile = 8;  // 32-bit words of 4 activations, one a plane
 constexpr size_t kQuadsPerGroup = 32;
-
-// Lanes 8, 4, 2, 1 apart: the order of the scalar kernel.
-float sum_lanes(__m512 sum_f32x16) {
-    const __m256 high_f32x8 = _mm512_extractf32x8_ps(sum_f32x16, 1);
-    const __m256 sum_f32x8 = _mm256_add_ps(_mm512_castps512_ps256(sum_f32x16), high_f32x8);
-    __m128 sum_f32x4 = _mm_add_ps(_mm256_castps256_ps128(sum_f32x8), _mm256_extractf128_ps(sum_f32x8, 1));
-    sum_f32x4 = _mm_add_ps(sum_f32x4, _mm_movehl_ps(sum_f32x4, sum_f32x4));
-    return _mm_cvtss_f32(_mm_add_ss(sum_f32x4, _mm_shuffle_ps(sum_f32x4, sum_f32x4, 1)));
-}
-
-__m512 add_offsets(__m512 sum_f32x16, const GroupInput& in, size_t at) {
-    const __m512 x_f32x16 = _mm512_loadu_ps(in.x + at);
-    if (!in.beta) return _mm512_add_ps(sum_f32x16, x_f32x16);
-    return _mm512_add_ps(sum_f32x16, _mm512_mul_ps(_mm512_loadu_ps(in.beta + at), x_f32x16));
-}
-
-__m512 scaled_inputs(const GroupInput& in, size_t at) {
-    const __m512 x_f32x16 = _mm512_loadu_ps(in.x + at);
-    return in.alpha ? _mm512_mul_ps(_mm512_loadu_ps(in.alpha + at), x_f32x16) : x_f32x16;
-}
-
-__m512 block_scales(const MultiplyArgs& a, size_t tile, size_t group) {
-    const size_t index = (tile * ceil_div(a.k, kGroupInputs) + group) * kTileRows;
-    if (!a.block_scales_fp16) return _mm512_loadu_ps(static_cast<const float*>(a.block_scales) + index);
-    const uint16_t* halves = static_cast<const uint16_t*>(a.block_scales) + index;
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
-}
-
-// Brings in the same place of the tiles that come next. The hardware prefetcher restarts with every tile; with this,
-// decode from memory went from 11 to 19 GB/s (one Zen 4 core, 4096 x 4096). A prefetch past the end does nothing.
-void prefetch(const uint8_t* bits) { _mm_prefetch(reinterpret_cast<const char*>(bits), _MM_HINT_T1); }
-
-void finish(const MultiplyArgs& a, size_t token, size_t tile, __m512 total_f32x16) {
-    const __m512 sum_f32x16 = _mm512_set1_ps(*offset_sum(a.tokens + token * a.token_stride_in_bytes));
-    const size_t row = tile * a.row_step;
-    if (a.row_alpha) total_f32x16 = _mm512_mul_ps(_mm512_loadu_ps(a.row_alpha + row), total_f32x16);
-    if (a.row_beta) {
-        const __m512 offset_f32x16 = _mm512_mul_ps(_mm512_loadu_ps(a.row_beta + row), sum_f32x16);
-        total_f32x16 = _mm512_add_ps(total_f32x16, offset_f32x16);
-    }
-    if (a.add_offset_sum) total_f32x16 = _mm512_add_ps(total_f32x16, sum_f32x16);
-    if (a.bias) {
-        const float* bias = a.bias + token * a.bias_stride + tile * kTileRows;
-        total_f32x16 = _mm512_add_ps(total_f32x16, _mm512_loadu_ps(bias));
-    }
-    _mm512_storeu_ps(a.y + token * a.y_stride + tile * kTileRows, total_f32x16);
-}
 
 // --- int8 level
 // -------------------------------------------------------------------------------------------------------
@@ -92,31 +43,12 @@ void prepare_int8_avx512vnni(const TokenInput& in, uint8_t* token) {
     __m512 offsets_f32x16 = _mm512_setzero_ps();
     for (size_t group = 0; group < layout.groups; ++group, quads += kQuadsPerGroup) {
         const GroupInput group_in = group_input(in, group * kGroupInputs, padding);
-        __m512 xs_f32x16[8];
-        __m512i peak_u32x16 = _mm512_setzero_si512();
-        for (size_t i = 0; i < 8; ++i) {
-            offsets_f32x16 = add_offsets(offsets_f32x16, group_in, 16 * i);
-            xs_f32x16[i] = scaled_inputs(group_in, 16 * i);
-            const __m512i magnitude_u32x16 =
-                _mm512_and_si512(_mm512_castps_si512(xs_f32x16[i]), _mm512_set1_epi32(0x7fffffff));
-            peak_u32x16 = _mm512_max_epu32(peak_u32x16, magnitude_u32x16);
-        }
-        const float scale = group_scale(_mm512_reduce_max_epu32(peak_u32x16));
-        const __mmask16 usable = scale_is_usable(scale) ? 0xffff : 0;
-        const __m512 scale_f32x16 = _mm512_set1_ps(scale);
-        __m512i sum_i32x16 = _mm512_setzero_si512();
-        __m128i q_i8x16[8];
-        for (size_t i = 0; i < 8; ++i) {
-            const __m512i q_i32x16 = _mm512_maskz_cvt_roundps_epi32(usable, _mm512_div_ps(xs_f32x16[i], scale_f32x16),
-                                                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-            sum_i32x16 = _mm512_add_epi32(sum_i32x16, q_i32x16);
-            q_i8x16[i] = _mm512_cvtepi32_epi8(q_i32x16);
-        }
+        const QuantisedGroup quantised = quantise_group(group_in, offsets_f32x16);
         for (size_t t = 0; t < kGroupTiles; ++t) {
-            store_plane_order(q_i8x16[2 * t], q_i8x16[2 * t + 1], quads + t * kQuadsPerTile);
+            store_plane_order(quantised.q_i8x16[2 * t], quantised.q_i8x16[2 * t + 1], quads + t * kQuadsPerTile);
         }
-        scales[group] = in.multiplier * scale;
-        sums[group] = _mm512_reduce_add_epi32(sum_i32x16);
+        scales[group] = in.multiplier * quantised.scale;
+        sums[group] = quantised.sum;
     }
     *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x16);
 }
@@ -184,7 +116,7 @@ void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile
     for (int n = 0; n < kTiles; ++n) finish(a, token_index, tile + n, total_f32x16[n]);
 }
 
-constexpr size_t kBlockTokens = 8;  // 8 tokens x 2 tiles = 16 accumulators
+constexpr size_t kBlockTokens = 4;  // 4 tokens x 2 tiles = 8 accumulators; with 16, less of the epilogue overlaps
 
 // Two tiles' state over all tokens, for one group after the other.
 struct GemmState {
@@ -273,10 +205,14 @@ void binary_matmul_int8_avx512vnni(const MultiplyArgs& a) {
 // --- fp32 level
 // -------------------------------------------------------------------------------------------------------
 
+}  // namespace
+
 size_t token_bytes_fp32_avx512vnni(size_t k) {
     const size_t tables = ceil_div(k, kTileInputs) * kTablesPerTile;
     return kTokenHeaderBytes + tables * kTableFloats * sizeof(float);
 }
+
+namespace {
 
 // Entry i of a table: sum of +x[j] where bit j of i is 1, -x[j] where it is 0.
 __m512 sign_sums(const float* x) {
@@ -290,6 +226,8 @@ __m512 sign_sums(const float* x) {
     return _mm512_add_ps(_mm512_add_ps(signed_f32x16[0], signed_f32x16[1]),
                          _mm512_add_ps(signed_f32x16[2], signed_f32x16[3]));
 }
+
+}  // namespace
 
 void prepare_fp32_avx512vnni(const TokenInput& in, uint8_t* token) {
     float* table = reinterpret_cast<float*>(token + kTokenHeaderBytes);
@@ -309,6 +247,8 @@ void prepare_fp32_avx512vnni(const TokenInput& in, uint8_t* token) {
     }
     *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x16);
 }
+
+namespace {
 
 // The order of additions of one output does not depend on kTiles and kTokens: tables of a group, then groups.
 template <int kTiles, int kTokens>
@@ -366,13 +306,13 @@ void all_tokens_fp32(const MultiplyArgs& a, size_t tile) {
     for (; token < a.m; ++token) tokens_fp32<kTiles, 1>(a, tile, token);
 }
 
+}  // namespace
+
 void binary_matmul_fp32_avx512vnni(const MultiplyArgs& a) {
     size_t tile = 0;
     for (; tile + 4 <= a.n_tiles; tile += 4) all_tokens_fp32<4>(a, tile);
     for (; tile < a.n_tiles; ++tile) all_tokens_fp32<1>(a, tile);
 }
-
-}  // namespace
 
 const BinaryKernels kBinaryAvx512Vnni = {
     {token_bytes_fp32_avx512vnni, prepare_fp32_avx512vnni, binary_matmul_fp32_avx512vnni},

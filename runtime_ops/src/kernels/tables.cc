@@ -13,6 +13,8 @@ const KernelTable kKernelsScalar = {"scalar", &kBinaryScalar, &kActivationsScala
 const KernelTable kKernelsAvx2 = {"avx2", &kBinaryAvx2, &kActivationsAvx2, &kAttentionScalar, &kNBitsAvx2};
 const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActivationsAvx512, &kAttentionAvx512Vnni,
                                         &kNBitsAvx512Vnni};
+const KernelTable kKernelsAvx512Vbmi = {"avx512vbmi", &kBinaryAvx512Vbmi, &kActivationsAvx512, &kAttentionAvx512Vnni,
+                                        &kNBitsAvx512Vnni};
 #elif defined(FBIEDGE_ARM64)
 const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionScalar, &kNBitsNeon};
 #endif

@@ -8,6 +8,7 @@ namespace fbiedge {
 extern const KernelTable kKernelsScalar;
 extern const KernelTable kKernelsAvx2;
 extern const KernelTable kKernelsAvx512Vnni;
+extern const KernelTable kKernelsAvx512Vbmi;
 extern const KernelTable kKernelsNeon;
 
 }  // namespace fbiedge
