@@ -1,61 +1,97 @@
 #include "binary_matmul.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
+
+#include "activation_kernels.h"
 
 namespace fbiedge {
 namespace {
 
 // Prepared tokens of a chunk stay in a core's L2 cache (fp32 tables are 11 to 16 bytes an input).
 constexpr size_t kChunkBytes = 512 * 1024;
-// Work of one parallel piece, in packed bytes times tokens: about half a microsecond, against ~0.1 us to hand it out.
-constexpr size_t kPieceBytes = 12 * 1024;
+// Work is measured in packed bytes times tokens: 20 KB are about a microsecond. Below kSerialBytes, handing it out
+// costs more than it saves. A piece is never shorter than kPieceBytes, and there are no more than kMostPieces.
+constexpr size_t kSerialBytes = 96 * 1024;
+constexpr size_t kPieceBytes = 48 * 1024;
+constexpr size_t kMostPieces = 64;
 constexpr size_t kPieceTiles = 4;            // a multiple of the most tiles that a kernel computes side by side
 constexpr size_t kPrepareBytes = 16 * 1024;  // input bytes below which preparing tokens in parallel doesn't pay
+constexpr size_t kScratchFloats = kMaxTokens * kPieceTiles * kTileRows;
 
-struct AlignedDelete {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+// Prepared tokens: on the stack where they fit, as one token at the int8 level does, so that decoding allocates
+// nothing.
+class TokenBuffer {
+  public:
+    explicit TokenBuffer(size_t bytes)
+        : heap_(bytes > sizeof stack_ ? ::operator new(bytes, std::align_val_t(kAlignment), std::nothrow) : nullptr),
+          data_(bytes > sizeof stack_ ? static_cast<uint8_t*>(heap_) : stack_) {}
+    ~TokenBuffer() { ::operator delete(heap_, std::align_val_t(kAlignment)); }
+    TokenBuffer(const TokenBuffer&) = delete;
+    TokenBuffer& operator=(const TokenBuffer&) = delete;
+    uint8_t* data() { return data_; }
+
+  private:
+    alignas(kAlignment) uint8_t stack_[16 * 1024];
+    void* heap_;
+    uint8_t* data_;
 };
-using AlignedBytes = std::unique_ptr<uint8_t, AlignedDelete>;
 
-AlignedBytes allocate(size_t bytes) {
-    return AlignedBytes(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(kAlignment), std::nothrow)));
-}
-
+// A chunk of tokens through a layer.
 struct Work {
-    const BinaryMatrix& matrix;
-    const LevelKernels& kernels;
+    const BinaryLayer::Part* parts;
+    size_t n_parts;
+    size_t preparations;
+    const RmsNorm& norm;
+    const LevelKernels& level;
+    const ActivationKernels& activations;
     const float* x;
     size_t m;
+    const float* residual;
     float* y;
-    uint8_t* tokens;
+    size_t outputs;
+    uint8_t* tokens;  // [preparations, preparation_bytes], each [m, token_bytes]
     size_t token_bytes;
+    size_t preparation_bytes;
     size_t tiles_per_piece;
-    float single_alpha[kTileRows];
-    float single_beta[kTileRows];
 };
+
+size_t row_tiles(const BinaryLayer::Part& part) { return ceil_div(part.matrix.n, kTileRows); }
 
 void prepare_token(void* data, size_t index) {
     const Work& work = *static_cast<const Work*>(data);
-    const bool column = work.matrix.form == ScaleForm::kColumn;
     TokenInput in;
-    in.x = work.x + index * work.matrix.k;
-    in.alpha = column ? work.matrix.alpha : nullptr;
-    in.beta = column ? work.matrix.beta : nullptr;
-    in.k = work.matrix.k;
-    work.kernels.prepare(in, work.tokens + index * work.token_bytes);
+    in.k = work.parts[0].matrix.k;
+    in.x = work.x + index * in.k;
+    if (work.norm.weight) {
+        const float mean = work.activations.sum_of_squares(in.x, in.k) / static_cast<float>(in.k);
+        in.multiplier = 1.0f / std::sqrt(mean + work.norm.epsilon);
+    }
+    for (size_t preparation = 0; preparation < work.preparations; ++preparation) {
+        in.alpha = work.parts[preparation].input_alpha;
+        in.beta = work.parts[preparation].input_beta;
+        work.level.prepare(in, work.tokens + preparation * work.preparation_bytes + index * work.token_bytes);
+    }
 }
 
-MultiplyArgs arguments(const Work& work, size_t first_tile, size_t n_tiles) {
-    const BinaryMatrix& matrix = work.matrix;
+// Where the outputs of a range of tiles go: into y, or into a buffer.
+struct Target {
+    float* y;  // of the first tile's first row
+    size_t stride;
+};
+
+MultiplyArgs arguments(const Work& work, const BinaryLayer::Part& part, size_t first_tile, size_t n_tiles,
+                       const Target& target) {
+    const BinaryMatrix& matrix = part.matrix;
     MultiplyArgs args = {};
     args.k = matrix.k;
     args.k_tiles = ceil_div(matrix.k, kTileInputs);
     args.n_tiles = n_tiles;
     args.tiles = matrix.tiles + first_tile * args.k_tiles * kTileBytes;
-    args.tokens = work.tokens;
+    args.tokens = work.tokens + part.preparation * work.preparation_bytes;
     args.token_stride_in_bytes = work.token_bytes;
     args.m = work.m;
     const size_t first_row = first_tile * kTileRows;
@@ -64,8 +100,8 @@ MultiplyArgs arguments(const Work& work, size_t first_tile, size_t n_tiles) {
         args.row_alpha = matrix.alpha + first_row;
         args.row_beta = matrix.beta ? matrix.beta + first_row : nullptr;
     } else if (matrix.form == ScaleForm::kSingle) {
-        args.row_alpha = work.single_alpha;
-        args.row_beta = matrix.beta ? work.single_beta : nullptr;
+        args.row_alpha = part.single_alpha;
+        args.row_beta = matrix.beta ? part.single_beta : nullptr;
     } else if (matrix.form == ScaleForm::kBlock) {
         const size_t value_bytes = matrix.block_fp16 ? sizeof(uint16_t) : sizeof(float);
         const size_t tile_bytes = ceil_div(matrix.k, kGroupInputs) * kTileRows * value_bytes;
@@ -73,46 +109,97 @@ MultiplyArgs arguments(const Work& work, size_t first_tile, size_t n_tiles) {
         args.block_scales_fp16 = matrix.block_fp16;
     }
     args.add_offset_sum = matrix.form == ScaleForm::kColumn && matrix.beta;
-    args.bias = matrix.bias ? matrix.bias + first_row : nullptr;
-    args.y = work.y + first_row;
-    args.y_stride = matrix.n;
+    if (work.residual) {
+        args.bias = work.residual + first_row;
+        args.bias_stride = work.outputs;
+    } else if (matrix.bias) {
+        args.bias = matrix.bias + first_row;
+    }
+    args.y = target.y;
+    args.y_stride = target.stride;
     return args;
 }
 
 // The last tile when N is not a multiple of 16. Kernels only know whole tiles, so its row values are padded and its
 // outputs go through a buffer.
-void multiply_partial_tile(const Work& work, size_t tile) {
-    const size_t rows = work.matrix.n - tile * kTileRows;
-    MultiplyArgs args = arguments(work, tile, 1);
-    float alpha[kTileRows] = {}, beta[kTileRows] = {}, bias[kTileRows] = {};
-    float y[kMaxTokens][kTileRows];
+void multiply_partial_tile(const Work& work, const BinaryLayer::Part& part, size_t tile, const Target& target) {
+    const size_t rows = part.matrix.n - tile * kTileRows;
+    MultiplyArgs args = arguments(work, part, tile, 1, target);
+    float alpha[kTileRows] = {}, beta[kTileRows] = {};
+    float y[kMaxTokens][kTileRows], bias[kMaxTokens][kTileRows];
     const auto pad = [rows](const float*& values, float* padded) {
         if (!values) return;
         std::memcpy(padded, values, rows * sizeof(float));
         values = padded;
     };
-    if (work.matrix.form == ScaleForm::kRow) {
+    if (part.matrix.form == ScaleForm::kRow) {
         pad(args.row_alpha, alpha);
         pad(args.row_beta, beta);
     }
-    pad(args.bias, bias);
-    float* const out = args.y;
+    if (args.bias) {
+        const size_t biases = args.bias_stride ? work.m : 1;
+        for (size_t i = 0; i < biases; ++i) {
+            std::fill_n(bias[i], kTileRows, 0.0f);
+            std::memcpy(bias[i], args.bias + i * args.bias_stride, rows * sizeof(float));
+        }
+        args.bias = bias[0];
+        args.bias_stride = args.bias_stride ? kTileRows : 0;
+    }
     args.y = y[0];
     args.y_stride = kTileRows;
-    work.kernels.multiply(args);
+    work.level.multiply(args);
     for (size_t token = 0; token < work.m; ++token) {
-        std::memcpy(out + token * work.matrix.n, y[token], rows * sizeof(float));
+        std::memcpy(target.y + token * target.stride, y[token], rows * sizeof(float));
     }
 }
 
-void multiply_piece(void* data, size_t index) {
-    const Work& work = *static_cast<const Work*>(data);
-    const size_t whole_tiles = work.matrix.n / kTileRows;
-    const size_t first = index * work.tiles_per_piece;
-    const size_t last = std::min(first + work.tiles_per_piece, ceil_div(work.matrix.n, kTileRows));
+// Tiles first..last-1 of one part.
+void multiply_tiles(const Work& work, const BinaryLayer::Part& part, size_t first, size_t last, const Target& target) {
+    const size_t whole_tiles = part.matrix.n / kTileRows;
     const size_t last_whole = std::min(last, whole_tiles);
-    if (first < last_whole) work.kernels.multiply(arguments(work, first, last_whole - first));
-    if (last > whole_tiles) multiply_partial_tile(work, whole_tiles);
+    if (first < last_whole) work.level.multiply(arguments(work, part, first, last_whole - first, target));
+    if (last <= whole_tiles) return;
+    multiply_partial_tile(work, part, whole_tiles, {target.y + (whole_tiles - first) * kTileRows, target.stride});
+}
+
+// A range of the tiles of all parts, which lie one after the other.
+void concat_piece(void* data, size_t index) {
+    const Work& work = *static_cast<const Work*>(data);
+    size_t first = index * work.tiles_per_piece, count = work.tiles_per_piece;
+    float* y = work.y;
+    for (size_t i = 0; i < work.n_parts && count > 0; ++i) {
+        const BinaryLayer::Part& part = work.parts[i];
+        const size_t tiles = row_tiles(part);
+        if (first < tiles) {
+            const size_t last = std::min(first + count, tiles);
+            multiply_tiles(work, part, first, last, {y + first * kTileRows, work.outputs});
+            count -= last - first;
+            first = 0;
+        } else {
+            first -= tiles;
+        }
+        y += part.matrix.n;
+    }
+}
+
+// A range of the gate's tiles and the same of up's. The gate goes to y and up to a buffer, both small enough to stay in
+// the cache until they are joined.
+void swiglu_piece(void* data, size_t index) {
+    const Work& work = *static_cast<const Work*>(data);
+    const BinaryLayer::Part &gate = work.parts[0], &up = work.parts[1];
+    const size_t end = std::min((index + 1) * work.tiles_per_piece, row_tiles(gate));
+    const size_t step = kScratchFloats / (work.m * kTileRows) / kPieceTiles * kPieceTiles;
+    float scratch[kScratchFloats];
+    for (size_t first = index * work.tiles_per_piece; first < end; first += step) {
+        const size_t last = std::min(first + step, end), row = first * kTileRows;
+        const size_t rows = std::min(last * kTileRows, gate.matrix.n) - row;
+        multiply_tiles(work, gate, first, last, {work.y + row, work.outputs});
+        multiply_tiles(work, up, first, last, {scratch, rows});
+        for (size_t token = 0; token < work.m; ++token) {
+            float* y = work.y + token * work.outputs + row;
+            work.activations.silu_multiply(y, scratch + token * rows, y, rows);
+        }
+    }
 }
 
 bool run(const ParallelFor& parallel, size_t count, void (*fn)(void*, size_t), void* data) {
@@ -126,35 +213,73 @@ bool run_serially(void*, size_t count, void (*fn)(void*, size_t), void* data) {
     return true;
 }
 
+// Tiles of a piece. An even number of pieces, as two threads are the least that share them.
+size_t piece_tiles(size_t tiles, size_t work_bytes) {
+    if (work_bytes < kSerialBytes) return tiles;
+    const size_t pieces = std::min(ceil_div(work_bytes, 2 * kPieceBytes) * 2, kMostPieces);
+    return ceil_div(ceil_div(tiles, pieces), kPieceTiles) * kPieceTiles;
+}
+
 }  // namespace
 
 ParallelFor serial() { return {run_serially, nullptr}; }
 
-bool binary_matmul(const BinaryMatrix& matrix, const LevelKernels& kernels, const float* x, size_t m, float* y,
-                   const ParallelFor& parallel) {
-    if (m == 0 || matrix.n == 0) return true;
-    const size_t token_bytes = kernels.token_bytes(matrix.k);
+BinaryLayer::BinaryLayer(const BinaryMatrix* parts, size_t count, Join join, const RmsNorm& norm)
+    : count_(count), join_(join), norm_(norm) {
+    const size_t inputs = parts[0].k;
+    for (size_t i = 0; i < count; ++i) {
+        const BinaryMatrix& matrix = parts[i];
+        Part& part = parts_[i];
+        part.matrix = matrix;
+        part.input_alpha = part.input_beta = norm.weight;
+        part.preparation = 0;
+        if (matrix.form == ScaleForm::kColumn) {
+            if (norm.weight) folded_.reserve(2 * count * inputs);
+            part.input_alpha = folded(matrix.alpha, norm.weight);
+            part.input_beta = folded(matrix.beta, norm.weight);
+            part.preparation = i;
+        } else if (matrix.form == ScaleForm::kSingle) {
+            std::fill_n(part.single_alpha, kTileRows, matrix.alpha[0]);
+            std::fill_n(part.single_beta, kTileRows, matrix.beta ? matrix.beta[0] : 0.0f);
+        }
+        preparations_ = std::max(preparations_, part.preparation + 1);
+        outputs_ += join == Join::kSwiglu && i > 0 ? 0 : matrix.n;
+    }
+}
+
+const float* BinaryLayer::folded(const float* factors, const float* gamma) {
+    if (!factors || !gamma) return factors;
+    const size_t first = folded_.size(), inputs = k();  // within the reserved capacity, so that nothing moves
+    for (size_t i = 0; i < inputs; ++i) folded_.push_back(gamma[i] * factors[i]);
+    return folded_.data() + first;
+}
+
+bool BinaryLayer::run(const KernelTable& kernels, AccuracyLevel accuracy, const float* x, size_t m,
+                      const float* residual, float* y, const ParallelFor& parallel) const {
+    if (m == 0) return true;
+    const LevelKernels& level = level_kernels(kernels, accuracy);
+    const size_t token_bytes = level.token_bytes(k());
     const size_t fitting = std::max<size_t>(kChunkBytes / token_bytes / 8 * 8, 8);
     const size_t chunk = std::min({fitting, kMaxTokens, m});
-    const AlignedBytes tokens = allocate(chunk * token_bytes);
-    if (!tokens) return false;
+    TokenBuffer tokens(preparations_ * chunk * token_bytes);
+    if (!tokens.data()) return false;
 
-    Work work = {matrix, kernels, x, 0, y, tokens.get(), token_bytes, 0, {}, {}};
-    if (matrix.form == ScaleForm::kSingle) {
-        std::fill_n(work.single_alpha, kTileRows, matrix.alpha[0]);
-        std::fill_n(work.single_beta, kTileRows, matrix.beta ? matrix.beta[0] : 0.0f);
-    }
-    const size_t n_tiles = ceil_div(matrix.n, kTileRows);
-    const size_t tile_row_bytes = ceil_div(matrix.k, kTileInputs) * kTileBytes;
+    Work work = {parts_,  count_,  preparations_, norm_,         level,       *kernels.activations, nullptr, 0,
+                 nullptr, nullptr, outputs_,      tokens.data(), token_bytes, chunk * token_bytes,  0};
+    const bool swiglu = join_ == Join::kSwiglu;
+    size_t tiles = 0;
+    for (size_t i = 0; i < (swiglu ? 1 : count_); ++i) tiles += row_tiles(parts_[i]);
+    const size_t tile_row_bytes = ceil_div(k(), kTileInputs) * kTileBytes * (swiglu ? 2 : 1);
     for (size_t first = 0; first < m; first += chunk) {
         work.m = std::min(chunk, m - first);
-        work.x = x + first * matrix.k;
-        work.y = y + first * matrix.n;
-        const bool small = work.m * matrix.k * sizeof(float) < kPrepareBytes;
-        if (!run(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
-        const size_t tiles = ceil_div(kPieceBytes, tile_row_bytes * work.m);
-        work.tiles_per_piece = ceil_div(tiles, kPieceTiles) * kPieceTiles;
-        if (!run(parallel, ceil_div(n_tiles, work.tiles_per_piece), multiply_piece, &work)) return false;
+        work.x = x + first * k();
+        work.y = y + first * outputs_;
+        work.residual = residual ? residual + first * outputs_ : nullptr;
+        const bool small = work.m * k() * sizeof(float) * preparations_ < kPrepareBytes;
+        if (!fbiedge::run(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
+        work.tiles_per_piece = piece_tiles(tiles, tiles * tile_row_bytes * work.m);
+        const size_t pieces = ceil_div(tiles, work.tiles_per_piece);
+        if (!fbiedge::run(parallel, pieces, swiglu ? swiglu_piece : concat_piece, &work)) return false;
     }
     return true;
 }

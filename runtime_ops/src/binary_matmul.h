@@ -1,8 +1,9 @@
-// One binary matrix times M tokens, cut into pieces that threads can share. No ORT, no intrinsics.
+// Binary matrices times M tokens, cut into pieces that threads can share. No ORT, no intrinsics.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernel_table.h"
 
@@ -31,10 +32,55 @@ struct ParallelFor {
 };
 ParallelFor serial();
 
-// y [m, N] = x [m, K] * W_eff^T (+ bias). The result doesn't depend on how the work is cut.
-// Returns false when memory for prepared tokens can't be had or the parallel-for failed.
-bool binary_matmul(const BinaryMatrix& matrix, const LevelKernels& kernels, const float* x, size_t m, float* y,
-                   const ParallelFor& parallel);
+struct RmsNorm {
+    const float* weight;  // [K], gamma; null: no norm
+    float epsilon;
+};
+
+enum class Join {
+    kConcat,  // y = [x W0^T, x W1^T, ...]
+    kSwiglu,  // y = silu(x W0^T) * (x W1^T), of two matrices of one N
+};
+
+// Matrices that share their input, with an optional RMS norm before them. Made once, then used by any number of threads
+// at a time. Construction throws std::bad_alloc where a norm meets column scales, and otherwise never.
+class BinaryLayer {
+  public:
+    static constexpr size_t kMaxParts = 3;
+
+    BinaryLayer(const BinaryMatrix* parts, size_t count, Join join = Join::kConcat, const RmsNorm& norm = {});
+    BinaryLayer(const BinaryLayer&) = delete;
+    BinaryLayer& operator=(const BinaryLayer&) = delete;
+
+    size_t k() const { return parts_[0].matrix.k; }
+    size_t outputs() const { return outputs_; }
+
+    // y [m, outputs] from x [m, K]; `residual` [m, outputs], or null, is added in place of the bias (kConcat of one
+    // part). The result doesn't depend on how the work is cut. Returns false when memory for prepared tokens can't be
+    // had or the parallel-for failed.
+    bool run(const KernelTable& kernels, AccuracyLevel level, const float* x, size_t m, const float* residual, float* y,
+             const ParallelFor& parallel) const;
+
+    struct Part {
+        BinaryMatrix matrix;
+        const float* input_alpha;  // as in TokenInput
+        const float* input_beta;
+        size_t preparation;  // which of a token's preparations it takes
+        float single_alpha[kTileRows];
+        float single_beta[kTileRows];
+    };
+
+  private:
+    const float* folded(const float* factors, const float* gamma);
+
+    Part parts_[kMaxParts];
+    size_t count_;
+    size_t preparations_ = 0;
+    size_t outputs_ = 0;
+    Join join_;
+    RmsNorm norm_;
+    std::vector<float> folded_;  // gamma times the column scales of each part: [2 * count, K]
+};
 
 inline const LevelKernels& level_kernels(const KernelTable& table, AccuracyLevel level) {
     return level == AccuracyLevel::kFp32 ? table.binary->fp32 : table.binary->int8;

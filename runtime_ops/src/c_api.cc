@@ -122,6 +122,7 @@ int fbiedge_matmul(const fbiedge_matmul_args* args) {
     const KernelTable* kernels;
     if (const int status = choose_kernels(args->isa, kernels)) return status;
     const auto level = args->accuracy_level == FBIEDGE_FP32 ? AccuracyLevel::kFp32 : AccuracyLevel::kInt8;
-    const bool done = binary_matmul(matrix, level_kernels(*kernels, level), args->a, args->m, args->y, serial());
+    const BinaryLayer layer(&matrix, 1);  // without a norm it allocates nothing
+    const bool done = layer.run(*kernels, level, args->a, args->m, nullptr, args->y, serial());
     return done ? FBIEDGE_OK : FBIEDGE_OUT_OF_MEMORY;
 }

@@ -228,22 +228,21 @@ void test_threads_do_not_change_the_result() {
     matrix.alpha = problem.scales.data();
     matrix.beta = problem.offsets.data();
     matrix.bias = problem.bias.data();
-    const AvailableKernels& kernels = available_kernels();
-    for (size_t i = 0; i < kernels.count; ++i) {
+    const BinaryLayer layer(&matrix, 1);
+    const ParallelFor backwards = {run_backwards_on_threads, nullptr};
+    for (size_t i = 0; i < available_kernels().count; ++i) {
+        const KernelTable& table = *available_kernels().tables[i];
         for (const AccuracyLevel level : {AccuracyLevel::kFp32, AccuracyLevel::kInt8}) {
-            const LevelKernels& level_table = level_kernels(*kernels.tables[i], level);
-            const int c_level = level == AccuracyLevel::kFp32 ? FBIEDGE_FP32 : FBIEDGE_INT8;
-            const std::vector<float> alone = problem.run(kernels.tables[i]->isa, c_level);
+            const std::vector<float> alone =
+                problem.run(table.isa, level == AccuracyLevel::kFp32 ? FBIEDGE_FP32 : FBIEDGE_INT8);
             std::vector<float> y(problem.m * problem.n), first(problem.n);
-            binary_matmul(matrix, level_table, problem.x.data(), problem.m, y.data(),
-                          {run_backwards_on_threads, nullptr});
-            expect(same_bits(y, alone), "threads change the result", kernels.tables[i]->isa);
-            binary_matmul(matrix, level_table, problem.x.data(), 1, first.data(), {run_backwards_on_threads, nullptr});
+            layer.run(table, level, problem.x.data(), problem.m, nullptr, y.data(), backwards);
+            expect(same_bits(y, alone), "threads change the result", table.isa);
+            expect(!layer.run(table, level, problem.x.data(), problem.m, nullptr, y.data(), {refuse, nullptr}),
+                   "a failing parallel-for is reported", table.isa);
+            layer.run(table, level, problem.x.data(), 1, nullptr, first.data(), backwards);
             y.resize(problem.n);
-            expect(same_bits(first, y), "one token differs from the same token among many", kernels.tables[i]->isa);
-            expect(!binary_matmul(matrix, level_table, problem.x.data(), problem.m, alone.size() ? y.data() : nullptr,
-                                  {refuse, nullptr}),
-                   "a failing parallel-for is reported", kernels.tables[i]->isa);
+            expect(same_bits(first, y), "one token differs from the same token among many", table.isa);
         }
     }
 }

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "../src/ort/binary_layer_op.cc"
 #include "../src/ort/binary_matmul_op.cc"
 #include "../src/ort/custom_op.cc"
 
@@ -13,8 +14,13 @@ struct fbiedge_ort_abi::OrtStatus {
 
 namespace fbiedge {
 
-bool binary_matmul(const BinaryMatrix&, const LevelKernels&, const float*, size_t, float*,
-                   const ParallelFor& parallel) {
+BinaryLayer::BinaryLayer(const BinaryMatrix* parts, size_t count, Join join, const RmsNorm& norm)
+    : count_(count), outputs_(parts[0].n), join_(join), norm_(norm) {
+    parts_[0].matrix = parts[0];
+}
+
+bool BinaryLayer::run(const KernelTable&, AccuracyLevel, const float*, size_t, const float*, float*,
+                      const ParallelFor& parallel) const {
     return parallel.run(parallel.context, 2, [](void*, size_t) {}, nullptr);
 }
 
@@ -84,11 +90,13 @@ int main() {
     expect(api, guarded(api, [] { throw 7; }), "fbiedge: unknown exception");
 
     const KernelTable table = {};
-    const CustomOp op({&api, &table, nullptr}, kBinaryMatMulOp, false);
+    const Environment environment = {&api, &table, nullptr};
+    const CustomOp op(environment, kBinaryMatMulOp, false);
     BinaryMatrix matrix = {};
     matrix.k = matrix.n = 4;
-    const LevelKernels kernels = {};
-    Kernel kernel = {api, std::make_unique<BinaryMatMulKernel>(api, matrix, kernels, "fbiedge BinaryMatMul node 'up'")};
+    Kernel kernel = {
+        api, std::make_unique<BinaryLayerKernel>(environment, AccuracyLevel::kInt8, std::vector{matrix}, Join::kConcat,
+                                                 RmsNorm{}, 0, "fbiedge BinaryMatMul node 'up'")};
     expect(api, op.KernelComputeV2(&kernel, nullptr), "no error");
     pool_error = "the pool is shut down";
     expect(api, op.KernelComputeV2(&kernel, nullptr), "fbiedge BinaryMatMul node 'up': the pool is shut down");

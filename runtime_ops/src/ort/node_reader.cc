@@ -79,6 +79,13 @@ bool NodeReader::has(size_t index) const {
             }).empty();
 }
 
+bool NodeReader::is_constant(size_t index) const {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+    return is_constant && value;
+}
+
 const void* NodeReader::constant(size_t index, ONNXTensorElementDataType type, const std::vector<int64_t>& dims,
                                  bool* is_fp16) const {
     const std::string name = inputs_[index].name;

@@ -30,6 +30,9 @@ class NodeReader {
 
     // Whether input `index` is connected.
     bool has(size_t index) const;
+    // Whether it is an initializer.
+    bool is_constant(size_t index) const;
+    std::string input_name(size_t index) const { return inputs_[index].name; }
 
     // The data of a constant input of type `type` and shape `dims`; null for an absent optional one. Where fp16 is
     // allowed too, *is_fp16 says what it is.

@@ -32,6 +32,8 @@ struct OpDefinition {
 };
 
 extern const OpDefinition kBinaryMatMulOp;
+extern const OpDefinition kBinaryQkvOp;
+extern const OpDefinition kBinarySwigluOp;
 
 // --- for the operators' files
 
