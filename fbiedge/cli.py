@@ -26,9 +26,7 @@ app = typer.Typer(
 
 Model = Annotated[Path | None, typer.Argument(help="model.onnx made by `fbiedge export`; default: the bundled model")]
 Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
-AccuracyLevel = Annotated[
-    str | None, typer.Option(help="activations: int8 or fp32; default: the model's; the head keeps what it has")
-]
+AccuracyLevel = Annotated[str | None, typer.Option(help="activations: int8 or fp32; default: the model's")]
 Context = Annotated[int | None, typer.Option(help="tokens the KV cache holds; default: the model's most")]
 MaxTokens = Annotated[int | None, typer.Option(help="stop after this many tokens")]
 Temperature = Annotated[float | None, typer.Option(help="0 always picks the most likely token")]
@@ -223,7 +221,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
     to: Annotated[str, typer.Option(help="format: onnx")] = "onnx",
     accuracy_level: Annotated[str, typer.Option(help="activations: int8 or fp32")] = "int8",
-    head: Annotated[str, typer.Option(help="lm_head: int8 or fp32")] = "int8",
+    head: Annotated[str, typer.Option(help="lm_head: int8, int4 or fp32")] = "int8",
     embedding: Annotated[str, typer.Option(help="embedding: fp32 or fp16")] = "fp32",
     verify_text: Annotated[
         Path | None, typer.Option(help="text to measure the loss on; default: a built-in one")

@@ -75,8 +75,8 @@ class Session:
         """Open the model at `path`.
 
         threads: as many as cores (default_threads()) when None, and at most so many: more only wait for one another.
-        accuracy_level: `int8` or `fp32` in the binary linears instead of what the
-        file asks for; the head keeps what it was exported with (see head_activations).
+        accuracy_level: `int8` or `fp32` activations instead of what the file asks for; a head of stock operators keeps
+        what it was exported with (see head_activations).
         context: tokens the cache can hold, at most and by default the model's max_position_embeddings.
         Where the op library can't be loaded, the session runs on stock ops and `fallback_reason` says why.
         Raises ModelFileError, UsageError (also for a context that memory can't hold).
@@ -125,8 +125,11 @@ class Session:
 
     @property
     def head_activations(self) -> str:
-        """What the lm_head computes with, `int8` or `fp32`: that is in the file, whatever `accuracy_level` was chosen."""
-        return "fp32" if self.model.metadata.get("head") == "fp32" else self.model.accuracy_level
+        """What the lm_head computes with, `int8` or `fp32`; in stock operators it is what the file says."""
+        if self.model.metadata.get("head") == "fp32":
+            return "fp32"
+        ours = self.model.metadata.get("head_operator") == "fbiedge"
+        return self.accuracy_level if ours else self.model.accuracy_level
 
     @property
     def config(self) -> ModelConfig:

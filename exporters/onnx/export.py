@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx import FunctionProto, GraphProto, ModelProto, helper  # noqa: TID253
+from onnx import FunctionProto, ModelProto, helper  # noqa: TID253
 
 import fbiedge
 from fbiedge.config import ModelConfig
@@ -17,9 +17,10 @@ from fbiedge.files import require_utf8
 from fbiedge.weights import Weights
 
 from .fallback import DOMAIN, OPSET, binary_matmul_function
+from .fallback_head import matmul_nbits_function
 from .graph import CONTRIB, build_graph
 from .metadata import make_metadata
-from .options import AccuracyLevel, ExportOptions, Head, Storage
+from .options import HEAD_BITS, AccuracyLevel, ExportOptions, Head, Storage
 from .plan import Losses, inventory, plan_tensors
 from .reader import OnnxWeights
 from .verify import VerifyReport, check_export
@@ -69,7 +70,7 @@ def export_onnx(
     losses = Losses()
     sources = list(plan_tensors(weights, options, losses))
     rows = inventory([spec for source in sources for spec in source.specs])
-    model = _model(weights.config, build_graph(weights.config, options))
+    model = _model(weights.config, options)
     helper.set_model_props(model, make_metadata(weights.config, weights.files, options, rows))
     loss: list[VerifyReport] = []
 
@@ -98,14 +99,16 @@ def _refuse_source(weights: Weights, out: Path) -> None:
             raise UsageError(f"{target} belongs to the model that is exported; choose another name for the output")
 
 
-def _model(config: ModelConfig, graph: GraphProto) -> ModelProto:
+def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
     binary = config.scaling_pattern != "none"
     functions: list[FunctionProto] = [binary_matmul_function(config.scaling_pattern)] if binary else []
+    if binary and options.head != "fp32":
+        functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     if binary:
         opsets.append(helper.make_opsetid(DOMAIN, 1))
     model: ModelProto = helper.make_model(
-        graph,
+        build_graph(config, options),
         functions=functions,
         opset_imports=opsets,
         ir_version=IR_VERSION,

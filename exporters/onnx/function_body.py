@@ -42,10 +42,9 @@ class Body:
     def sum_over_inputs(self, activations: str) -> str:
         return self.add("ReduceSum", [activations, self.ints([-1])], "sum_over_inputs", keepdims=1)
 
-    def matmul_nbits(self, activations: str, codes: str, scales: str, block: int) -> str:
-        node = helper.make_node(
-            "MatMulNBits", [activations, codes, scales], ["product"], domain="com.microsoft", bits=4, block_size=block
-        )
+    def matmul_nbits(self, activations: str, codes: str, scales: str, block: int, *, bits: int = 4) -> str:
+        inputs = [activations, codes, scales]
+        node = helper.make_node("MatMulNBits", inputs, ["product"], domain="com.microsoft", bits=bits, block_size=block)
         node.attribute.extend(reference(name, name) for name in ("K", "N", "accuracy_level"))
         self.nodes.append(node)
         return "product"

@@ -23,7 +23,7 @@ from fbiedge.errors import UsageError
 
 from .fallback import DOMAIN, OP_TYPE
 from .head import BLOCK as HEAD_BLOCK
-from .options import ACCURACY_LEVELS, ExportOptions
+from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions
 
 CONTRIB = "com.microsoft"
 KEEP = "logits_to_keep"
@@ -216,15 +216,16 @@ class _Builder:
         if self.options.head == "fp32":
             self.node("MatMul", "lm_head", [x, "lm_head.weight"], ["logits"])
             return
+        ours = self.options.ours(self.config)
         self.node(
             "MatMulNBits",
             "lm_head",
-            [x, "lm_head.codes", "lm_head.scales"],
+            [x, "lm_head.tiles"] if ours else [x, "lm_head.codes", "lm_head.scales"],
             ["logits"],
-            CONTRIB,
+            DOMAIN if ours else CONTRIB,
             K=self.config.hidden_size,
             N=self.config.vocab_size,
-            bits=8,
+            bits=HEAD_BITS[self.options.head],
             block_size=HEAD_BLOCK,
             accuracy_level=ACCURACY_LEVELS[self.options.accuracy_level],
         )

@@ -9,7 +9,8 @@ fbiedge.generation_config   generation_config.json                            (m
 fbiedge.special_tokens_map  special_tokens_map.json                           (may be absent)
 fbiedge.chat_template       Jinja text, from chat_template.jinja or tokenizer_config.json    (may be absent)
 fbiedge.accuracy_level      "int8" | "fp32"
-fbiedge.head                "int8" | "fp32"
+fbiedge.head                "int8" | "int4" | "fp32"
+fbiedge.head_operator       "fbiedge" | "stock", whose MatMul or MatMulNBits computes it  (absent in old files: stock)
 fbiedge.inventory           JSON, see plan.inventory
 """
 
@@ -47,6 +48,7 @@ def make_metadata(
         "fbiedge.config": json.dumps(config.to_dict(), indent=2),
         "fbiedge.accuracy_level": options.accuracy_level,
         "fbiedge.head": options.head,
+        "fbiedge.head_operator": "fbiedge" if options.head != "fp32" and options.ours(config) else "stock",
         "fbiedge.inventory": json.dumps(list(inventory)),
     }
     metadata |= {key: files[name] for name, key in _FILE_KEYS.items() if name in files}

@@ -8,7 +8,8 @@ Names are the checkpoint's, with the part after the last dot saying what is stor
                                                   block: alpha float16 or float32 [ceil(N/16), ceil(K/128), 16]
     model.layers.0.self_attn.q_proj.weight        float32 [K, N], of an ordinary Llama (transposed for MatMul)
     model.layers.0.input_layernorm.weight         float32 [hidden]
-    lm_head.codes, lm_head.scales                 int8 head, see head.py
+    lm_head.tiles                                 int8 or int4 head: uint8 [ceil(N/16), ceil(K/128), …], see head.py
+    lm_head.codes, lm_head.scales                 the same for stock operators
     lm_head.weight                                float32 [hidden, vocab], fp32 head (transposed for MatMul)
     rope.cos, rope.sin                            float32 [context, head_dim / 2]
 """
@@ -30,8 +31,9 @@ from fbiedge.reference import rope_angles
 from fbiedge.weights import BinaryLinear, Weights
 
 from .head import BLOCK as HEAD_BLOCK
-from .head import quantize_head
-from .options import ExportOptions, Storage
+from .head import GROUP as HEAD_GROUP
+from .head import HasQuantizedHead, QuantizedHead, quantize_head, tile_group_bytes
+from .options import HEAD_BITS, ExportOptions, Storage
 
 _DTYPES: dict[Storage, str] = {"fp32": "float32", "fp16": "float16"}
 
@@ -211,19 +213,22 @@ def _head(weights: Weights, options: ExportOptions) -> Source:
             parameters=parameters,
         )
         return Source(specs=(spec,), read=lambda: [np.ascontiguousarray(head().T)])
-    form = f"int8 block {HEAD_BLOCK}"
-    codes = TensorSpec(
-        name="lm_head.codes",
-        dtype="uint8",
-        shape=(vocab, blocks, HEAD_BLOCK),
-        group="head",
-        form=form,
-        parameters=parameters,
-    )
-    scales = TensorSpec(
-        name="lm_head.scales", dtype="float32", shape=(vocab * blocks,), group="head", form=form, parameters=0
-    )
-    return Source(specs=(codes, scales), read=lambda: quantize_head(head()))
+    bits, form = HEAD_BITS[options.head], f"{options.head} block {HEAD_BLOCK}"
+
+    def quantized() -> QuantizedHead:
+        stored = weights.quantized_head(bits) if isinstance(weights, HasQuantizedHead) else None
+        return stored or quantize_head(head(), bits)
+
+    def part_spec(part: str, dtype: str, shape: tuple[int, ...], parameters: int) -> TensorSpec:
+        name = f"lm_head.{part}"
+        return TensorSpec(name=name, dtype=dtype, shape=shape, group="head", form=form, parameters=parameters)
+
+    if options.ours(weights.config):
+        shape = (-(-vocab // TILE_ROWS), -(-hidden // HEAD_GROUP), tile_group_bytes(bits))
+        return Source(specs=(part_spec("tiles", "uint8", shape, parameters),), read=lambda: [quantized().tiles()])
+    codes = part_spec("codes", "uint8", (vocab, blocks, HEAD_BLOCK * bits // 8), parameters)
+    scales = part_spec("scales", "float32", (vocab * blocks,), 0)
+    return Source(specs=(codes, scales), read=lambda: quantized().stock())
 
 
 def _rope_tables(config: ModelConfig) -> Source:

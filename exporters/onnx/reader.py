@@ -21,7 +21,9 @@ from fbiedge.model_file import external_place
 from fbiedge.weights import BinaryLinear, Weights
 
 from .fallback import DOMAIN, OP_TYPE
-from .head import dequantize_head
+from .head import BLOCK as HEAD_BLOCK
+from .head import GROUP as HEAD_GROUP
+from .head import QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
 from .metadata import read_metadata
 from .plan import untile_scales
 
@@ -33,7 +35,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 
 def open_onnx(path: Path) -> Weights:
-    """Open a model file of ours. An int8 head and fp16 scales are read as the values the model computes with.
+    """Open a model file of ours. A quantised head and fp16 scales are read as the values the model computes with.
 
     Raises ModelFileError: no such file, not ONNX, not ours, truncated, inconsistent, or external data missing or short.
     """
@@ -75,11 +77,11 @@ class OnnxWeights:
         """See Weights."""
         vocab, hidden = self.config.vocab_size, self.config.hidden_size
         if name == "lm_head.weight":
+            if "lm_head.tiles" in self.tensors:
+                bits, tiles = self._head_tiles()
+                return head_from_tiles(tiles, bits, vocab, hidden).dequantize(hidden)
             if "lm_head.codes" in self.tensors:
-                codes, scales = self._read("lm_head.codes"), self._read("lm_head.scales")
-                if codes.shape[0] != vocab or codes.size != 32 * scales.size:
-                    raise self._wrong("lm_head.codes", codes.shape, (vocab, -(-hidden // 32), 32))
-                return dequantize_head(codes, scales, hidden)
+                return dequantize_stock(*self._stock_head(), hidden)
             return np.ascontiguousarray(self._read(name, (hidden, vocab)).T)
         shape = (vocab, hidden) if name == "model.embed_tokens.weight" else (hidden,)
         return self._read(name, shape).astype(np.float32, copy=False)
@@ -100,6 +102,31 @@ class OnnxWeights:
         tiles = self._read(f"{name}.bits", (-(-n // 16), -(-k // 32), 64))
         packed = untile_bits(tiles, n, k)
         return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
+
+    def quantized_head(self, bits: int) -> QuantizedHead | None:
+        """See HasQuantizedHead: a head that goes into another file of the same precision is copied."""
+        head = None
+        if "lm_head.tiles" in self.tensors:
+            stored, tiles = self._head_tiles()
+            head = head_from_tiles(tiles, stored, self.config.vocab_size, self.config.hidden_size)
+        elif "lm_head.codes" in self.tensors:
+            head = head_from_stock(*self._stock_head())
+        return head if head is not None and head.bits == bits else None
+
+    def _head_tiles(self) -> tuple[int, npt.NDArray[np.uint8]]:
+        """Bits and tiles."""
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        group_bytes = self.tensors["lm_head.tiles"].dims[-1]
+        bits = 4 if group_bytes == tile_group_bytes(4) else 8
+        shape = (-(-vocab // 16), -(-hidden // HEAD_GROUP), tile_group_bytes(bits))
+        return bits, self._read("lm_head.tiles", shape)
+
+    def _stock_head(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
+        """Codes, scales and bits."""
+        vocab, blocks = self.config.vocab_size, -(-self.config.hidden_size // HEAD_BLOCK)
+        bits = 4 if self.tensors["lm_head.codes"].dims[-1] == HEAD_BLOCK // 2 else 8
+        codes = self._read("lm_head.codes", (vocab, blocks, HEAD_BLOCK * bits // 8))
+        return codes, self._read("lm_head.scales", (vocab * blocks,)), bits
 
     @property
     def paths(self) -> set[Path]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class RandomWeights:
 
 def write_stock_onnx(weights: Weights, out: Path, *, bits: int, options: ExportOptions | None = None) -> None:
     """Write block-scaled `weights` for ONNX Runtime without our library, `bits` (2 or 4) a weight."""
-    config, options = weights.config, options or ExportOptions()
+    config, options = weights.config, replace(options or ExportOptions(), operators="stock")
     if config.scaling_pattern != "block":
         raise ValueError(f"scaling_pattern is {config.scaling_pattern!r}, expected 'block'")
     graph = build_graph(config, options)

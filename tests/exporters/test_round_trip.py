@@ -18,7 +18,6 @@ import fbiedge
 from fbiedge.config import ModelConfig, ScalingPattern
 from fbiedge.errors import CheckpointError, UsageError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
-from fbiedge.exporters.onnx.head import dequantize_head, quantize_head
 from fbiedge.exporters.onnx.plan import tile_scales, untile_scales
 from fbiedge.initialize import byte_tokenizer
 from fbiedge.weights import BinaryLinear, Weights, open_checkpoint, write_checkpoint
@@ -80,18 +79,6 @@ def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="beyond fp16's 65504"):
         export_onnx(open_checkpoint(folder), tmp_path / "model.onnx", embedding="fp16")
     assert not (tmp_path / "model.onnx").exists()
-
-
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 31), (33, 64), (80, 172)])
-def test_int8_head_errs_by_at_most_half_a_step(n: int, k: int) -> None:
-    weight = np.random.default_rng(3).normal(size=(n, k)).astype(np.float32)
-    weight[0] = 0
-    codes, scales = quantize_head(weight)
-    assert codes.shape == (n, -(-k // 32), 32) and scales.shape == (n * -(-k // 32),)
-    back = dequantize_head(codes, scales, k)
-    step = np.repeat(scales.reshape(n, -1), 32, axis=1)[:, :k]
-    assert (np.abs(back - weight) <= 0.5001 * step).all()
-    assert not back[0].any()
 
 
 def test_scale_tiles_hold_16_rows_side_by_side() -> None:
@@ -159,7 +146,10 @@ def test_names_and_types_are_those_of_onnxruntime_genai(weights: Weights, tmp_pa
     model = onnx.load(path)
     assert model.ir_version == 10
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1, "fbiedge": 1}
-    assert [(function.domain, function.name) for function in model.functions] == [("fbiedge", "BinaryMatMul")]
+    assert [(function.domain, function.name) for function in model.functions] == [
+        ("fbiedge", "BinaryMatMul"),
+        ("fbiedge", "MatMulNBits"),
+    ]
 
     def described(infos: object) -> dict[str, tuple[int, list[object]]]:
         return {

@@ -104,11 +104,15 @@ def test_what_nobody_foresaw(fbiedge: Run, monkeypatch: pytest.MonkeyPatch, erro
 
 
 def test_the_accuracy_level_of_the_head_is_told(fbiedge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An int8 head stays as exported; and stock ops can't change anything."""
+    """A head of stock operators, as files of old have it, stays as exported; and the fallback can't change anything."""
     model = tiny_model(tmp_path, export={"accuracy_level": "int8", "head": "int8"})
+    (tmp_path / "dense").mkdir()
+    stock = tiny_model(tmp_path / "dense", scaling_pattern="none", export={"accuracy_level": "int8", "head": "int8"})
     arguments = ["generate", model, "-p", "a", "--max-tokens", 2]
     assert "kernels, int8 activations, " in fbiedge(*arguments)[2]
-    assert "kernels, fp32 activations (int8 in the head), " in fbiedge(*arguments, "--accuracy-level", "fp32")[2]
+    assert "kernels, fp32 activations, " in fbiedge(*arguments, "--accuracy-level", "fp32")[2]
+    told = fbiedge("generate", stock, *arguments[2:], "--accuracy-level", "fp32")[2]
+    assert "kernels, fp32 activations (int8 in the head), " in told
     monkeypatch.setenv("FBIEDGE_OPS_LIBRARY", NO_LIBRARY)
     assert "has no effect" not in fbiedge(*arguments, "--accuracy-level", "int8")[2]
     code, _, err = fbiedge(*arguments, "--accuracy-level", "fp32")

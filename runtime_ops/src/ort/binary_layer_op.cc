@@ -60,15 +60,6 @@ ScaleForm read_form(const NodeReader& node) {
     node.fail("scale_form is '" + text + "', expected column, row, single or block");
 }
 
-AccuracyLevel read_level(const Environment& environment, const NodeReader& node) {
-    const int64_t level = node.integer("accuracy_level", 0);
-    if (level != 0 && level != 1 && level != 4) {
-        node.fail("accuracy_level is " + std::to_string(level) + ", expected 0 (default), 1 (fp32) or 4 (int8)");
-    }
-    if (environment.level_override) return *environment.level_override;
-    return level == 1 ? AccuracyLevel::kFp32 : AccuracyLevel::kInt8;
-}
-
 }  // namespace
 
 BinaryMatrix read_matrix(const NodeReader& node, size_t first, const char* n_attribute) {

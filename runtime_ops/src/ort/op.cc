@@ -2,6 +2,15 @@
 
 namespace fbiedge {
 
+AccuracyLevel read_level(const Environment& environment, const NodeReader& node) {
+    const int64_t level = node.integer("accuracy_level", 0);
+    if (level != 0 && level != 1 && level != 4) {
+        node.fail("accuracy_level is " + std::to_string(level) + ", expected 0 (default), 1 (fp32) or 4 (int8)");
+    }
+    if (environment.level_override) return *environment.level_override;
+    return level == 1 ? AccuracyLevel::kFp32 : AccuracyLevel::kInt8;
+}
+
 TensorView input(const OrtApi& api, const OrtKernelContext* context, size_t index) {
     const OrtValue* value = nullptr;
     check(api, api.KernelContext_GetInput(context, index, &value));

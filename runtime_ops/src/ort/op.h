@@ -34,8 +34,12 @@ struct OpDefinition {
 extern const OpDefinition kBinaryMatMulOp;
 extern const OpDefinition kBinaryQkvOp;
 extern const OpDefinition kBinarySwigluOp;
+extern const OpDefinition kMatMulNBitsOp;
 
 // --- for the operators' files
+
+// The session's accuracy level, else the node's.
+AccuracyLevel read_level(const Environment& environment, const NodeReader& node);
 
 // Throws OpError for an input that is absent.
 TensorView input(const OrtApi& api, const OrtKernelContext* context, size_t index);
