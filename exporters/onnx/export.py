@@ -17,6 +17,7 @@ from fbiedge.files import require_utf8
 from fbiedge.weights import Weights
 
 from .fallback import DOMAIN, OPSET, binary_matmul_function
+from .fallback_fused import binary_qkv_function, binary_swiglu_function
 from .fallback_head import matmul_nbits_function
 from .graph import CONTRIB, build_graph
 from .metadata import make_metadata
@@ -101,7 +102,10 @@ def _refuse_source(weights: Weights, out: Path) -> None:
 
 def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
     binary = config.scaling_pattern != "none"
-    functions: list[FunctionProto] = [binary_matmul_function(config.scaling_pattern)] if binary else []
+    functions: list[FunctionProto] = []
+    if binary:
+        form = config.scaling_pattern
+        functions = [binary_qkv_function(form), binary_swiglu_function(form), binary_matmul_function(form, bias=True)]
     if binary and options.head != "fp32":
         functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]

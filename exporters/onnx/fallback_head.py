@@ -67,7 +67,7 @@ def matmul_nbits_function(bits: int) -> FunctionProto:
     scales = body.add("Add", [bases, offsets], "scales_2d")
     flat = body.add("Reshape", [scales, body.ints([-1])], "scales_1d")
     # 3. The product.
-    y = body.matmul_nbits("A", codes, flat, BLOCK, bits=bits)
+    y = body.matmul_nbits("A", codes, flat, "product", block=BLOCK, bits=bits)
     body.nodes.append(helper.make_node("Identity", [y], ["Y"]))
     return helper.make_function(
         DOMAIN,

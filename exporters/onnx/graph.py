@@ -8,6 +8,10 @@ many of the last positions logits are computed; 0, the default, is all. A prompt
     per layer:  x += o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
                 x += down_proj(silu(gate_proj(norm(x))) · up_proj(norm(x)))
     logits = lm_head(norm(x)[-logits_to_keep:])
+
+A binary layer is five nodes: norm and q, k, v (BinaryQKV); attention; o_proj and the sum (BinaryMatMul); norm, gate, up
+and their product (BinarySwiGLU); down_proj and the sum (BinaryMatMul). Without `fused`, and in a model that isn't
+binary, each step is a node of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.errors import UsageError
 
 from .fallback import DOMAIN, OP_TYPE
+from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
 from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions
 
@@ -33,8 +38,8 @@ _HEAD_DIM_MULTIPLE = 8
 _FUSED_ROPE_MULTIPLE = 16
 
 
-def build_graph(config: ModelConfig, options: ExportOptions) -> GraphProto:
-    """The graph without its weights: the writer adds those as initializers.
+def build_graph(config: ModelConfig, options: ExportOptions, *, fused: bool = True) -> GraphProto:
+    """The graph without its weights: the writer adds those as initializers. Only a binary model's can be fused.
 
     Raises UsageError for a head_dim that ONNX Runtime's attention can't take.
     """
@@ -46,8 +51,9 @@ def build_graph(config: ModelConfig, options: ExportOptions) -> GraphProto:
     builder = _Builder(config, options)
     builder.prologue()
     builder.embedding()
+    add_layer = builder.fused_layer if fused and config.scaling_pattern != "none" else builder.layer
     for layer in range(config.num_hidden_layers):
-        builder.layer(layer)
+        add_layer(layer)
     builder.head()
     return helper.make_graph(builder.nodes, "fbiedge", _inputs(config), _outputs(config), initializer=builder.constants)
 
@@ -148,31 +154,65 @@ class _Builder:
         self.residual, self.pending = total, ""
         return name
 
-    def linear(self, name: str, x: str) -> str:
-        n, k = self.config.linear_shapes()[name.split(".", 3)[3]]
-        form = self.config.scaling_pattern
-        if form == "none":
+    def linear(self, name: str, x: str, residual: str = "") -> str:
+        """x · Wᵀ, plus `residual` where given (binary linears only)."""
+        if self.config.scaling_pattern == "none":
             return self.node("MatMul", name, [x, f"{name}.weight"])
-        inputs = [x, f"{name}.bits", f"{name}.alpha"]
-        if form != "block":
-            inputs.append(f"{name}.beta")
+        n, k = self.shape(name)
+        return self.binary(OP_TYPE, name, [x, *self.matrix(name), residual], K=k, N=n)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.config.linear_shapes()[name.split(".", 3)[3]]
+
+    def matrix(self, name: str) -> list[str]:
+        """The inputs B, scales and offsets of a binary linear; block form has no offsets."""
+        offsets = "" if self.config.scaling_pattern == "block" else f"{name}.beta"
+        return [f"{name}.bits", f"{name}.alpha", offsets]
+
+    def binary(self, op_type: str, name: str, inputs: list[str], **attributes: Any) -> str:
+        """A node of ours; absent inputs at the end are left out."""
+        while not inputs[-1]:
+            inputs.pop()
+        form = self.config.scaling_pattern
         return self.node(
-            OP_TYPE,
+            op_type,
             name,
             inputs,
             domain=DOMAIN,
-            K=k,
-            N=n,
+            **attributes,
             scale_form=form,
             block_size=BLOCK_SIZE if form == "block" else 0,
             accuracy_level=ACCURACY_LEVELS[self.options.accuracy_level],
         )
 
+    def fused_layer(self, index: int) -> None:
+        prefix, epsilon = f"model.layers.{index}", self.config.rms_norm_eps
+        x, name = self.residual, f"{prefix}.self_attn"
+        projections = [f"{name}.{part}_proj" for part in "qkv"]
+        inputs = [x, f"{prefix}.input_layernorm.weight", *(part for p in projections for part in self.matrix(p))]
+        (n_q, k), (n_k, _), (n_v, _) = map(self.shape, projections)
+        qkv = self.binary(QKV, f"{name}.qkv_proj", inputs, K=k, N_q=n_q, N_k=n_k, N_v=n_v, epsilon=epsilon)
+        if self.fused_rope:
+            attended = self.attention(name, index, qkv)
+        else:
+            sizes = self.constant(f"{name}.qkv_sizes", [n_q, n_k, n_v])
+            parts = [f"{name}.{part}" for part in "qkv"]
+            self.node("Split", f"{name}.split", [qkv, sizes], parts, axis=-1)
+            attended = self.attention(name, index, *parts)
+        x = self.linear(f"{name}.o_proj", attended, x)
+        name = f"{prefix}.mlp"
+        gate, up = f"{name}.gate_proj", f"{name}.up_proj"
+        n, k = self.shape(gate)
+        inputs = [x, f"{prefix}.post_attention_layernorm.weight", *self.matrix(gate), *self.matrix(up)]
+        h = self.binary(SWIGLU, f"{name}.gate_up_proj", inputs, K=k, N=n, epsilon=epsilon)
+        self.residual = self.linear(f"{name}.down_proj", h, x)
+
     def layer(self, index: int) -> None:
         prefix = f"model.layers.{index}"
         x = self.norm(f"{prefix}.input_layernorm")
-        attended = self.attention(f"{prefix}.self_attn", index, x)
-        self.pending = self.linear(f"{prefix}.self_attn.o_proj", attended)
+        name = f"{prefix}.self_attn"
+        attended = self.attention(name, index, *(self.linear(f"{name}.{part}_proj", x) for part in "qkv"))
+        self.pending = self.linear(f"{name}.o_proj", attended)
         x = self.norm(f"{prefix}.post_attention_layernorm")
         gate = self.linear(f"{prefix}.mlp.gate_proj", x)
         up = self.linear(f"{prefix}.mlp.up_proj", x)
@@ -181,8 +221,8 @@ class _Builder:
         product = self.node("Mul", f"{prefix}.mlp.product", [silu, up])
         self.pending = self.linear(f"{prefix}.mlp.down_proj", product)
 
-    def attention(self, name: str, index: int, x: str) -> str:
-        q, k, v = (self.linear(f"{name}.{part}_proj", x) for part in "qkv")
+    def attention(self, name: str, index: int, q: str, k: str = "", v: str = "") -> str:
+        """`q` alone is q, k and v side by side, which needs a fused rope."""
         inputs = ["lengths.last_int32", "lengths.total_int32"]
         if self.fused_rope:
             inputs += ["rope.cos", "rope.sin"]

@@ -21,12 +21,20 @@ from fbiedge.model_file import external_place
 from fbiedge.weights import BinaryLinear, Weights
 
 from .fallback import DOMAIN, OP_TYPE
+from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
 from .head import GROUP as HEAD_GROUP
 from .head import QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
 from .metadata import read_metadata
 from .plan import untile_scales
 
+# Operator -> its nodes, named by what follows the layer -> the linears that its attributes N… are the rows of. A node
+# of one linear is named like it.
+_LINEARS_OF: dict[str, dict[str, dict[str, str]]] = {
+    OP_TYPE: {},
+    QKV: {"self_attn.qkv_proj": {f"N_{part}": f"self_attn.{part}_proj" for part in "qkv"}},
+    SWIGLU: {"mlp.gate_up_proj": {"N": "mlp.gate_proj"}},
+}
 _DTYPES: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype("<f4"),
     TensorProto.FLOAT16: np.dtype("<f2"),
@@ -156,20 +164,36 @@ class OnnxWeights:
 
 
 def _check_nodes(path: Path, model: ModelProto, config: ModelConfig) -> None:
-    """Every BinaryMatMul must have the sizes and the form that the config gives it."""
-    shapes = config.linear_shapes()
+    """Every node of binary linears must have the sizes and the form that the config gives them."""
     for node in model.graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+        if node.domain != DOMAIN or node.op_type not in _LINEARS_OF:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        got = (attributes.get("N"), attributes.get("K"), attributes.get("scale_form", b"").decode())
-        shape = shapes.get(".".join(node.name.split(".")[3:]))
-        if shape is None or got != (*shape, config.scaling_pattern):
-            expected = "no such node" if shape is None else f"{shape[0]}, {shape[1]}, {config.scaling_pattern!r}"
+        attributes["scale_form"] = attributes.get("scale_form", b"").decode()
+        expected = _expected_attributes(node.op_type, ".".join(node.name.split(".")[3:]), config)
+        if expected is None:
+            raise ModelFileError(f"{path}: by its config there is no node {node.name} of type {node.op_type}")
+        got = {name: attributes.get(name) for name in expected}
+        if got != expected:
             raise ModelFileError(
-                f"{path}: the node {node.name} has N, K, scale_form {got[0]}, {got[1]}, {got[2]!r}, "
-                f"expected {expected} by its config"
+                f"{path}: the node {node.name} has {', '.join(expected)} {_values(got)}, "
+                f"expected {_values(expected)} by its config"
             )
+
+
+def _expected_attributes(op_type: str, name: str, config: ModelConfig) -> dict[str, Any] | None:
+    """What the config says of a node, `name` without its layer; None where it has no such node."""
+    shapes = config.linear_shapes()
+    linears = _LINEARS_OF[op_type].get(name, {"N": name} if op_type == OP_TYPE else {})
+    if not linears or any(linear not in shapes for linear in linears.values()):
+        return None
+    sizes = {attribute: shapes[linear][0] for attribute, linear in linears.items()}
+    (k,) = {shapes[linear][1] for linear in linears.values()}
+    return {**sizes, "K": k, "scale_form": config.scaling_pattern}
+
+
+def _values(attributes: Mapping[str, Any]) -> str:
+    return ", ".join(repr(value) for value in attributes.values())
 
 
 def _check_storage(path: Path, tensor: TensorProto) -> None:

@@ -63,7 +63,7 @@ def write_stock_onnx(weights: Weights, out: Path, *, bits: int, options: ExportO
     config, options = weights.config, replace(options or ExportOptions(), operators="stock")
     if config.scaling_pattern != "block":
         raise ValueError(f"scaling_pattern is {config.scaling_pattern!r}, expected 'block'")
-    graph = build_graph(config, options)
+    graph = build_graph(config, options, fused=False)
     for node in graph.node:
         if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
             continue

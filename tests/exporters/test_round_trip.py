@@ -146,10 +146,8 @@ def test_names_and_types_are_those_of_onnxruntime_genai(weights: Weights, tmp_pa
     model = onnx.load(path)
     assert model.ir_version == 10
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1, "fbiedge": 1}
-    assert [(function.domain, function.name) for function in model.functions] == [
-        ("fbiedge", "BinaryMatMul"),
-        ("fbiedge", "MatMulNBits"),
-    ]
+    functions = {(function.domain, function.name) for function in model.functions}
+    assert functions == {("fbiedge", name) for name in ("BinaryMatMul", "BinaryQKV", "BinarySwiGLU", "MatMulNBits")}
 
     def described(infos: object) -> dict[str, tuple[int, list[object]]]:
         return {
@@ -240,6 +238,10 @@ def test_the_library_runs_the_nodes_and_the_fallback_replaces_them(
         options.register_custom_ops_library(str(library))
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     nodes = [node.op_type for node in onnx.load(optimized).graph.node]
-    linears, head = 7 * weights.config.num_hidden_layers, 1
-    binary, nbits = (linears, head) if library is not None else (0, linears + head)
-    assert (nodes.count("BinaryMatMul"), nodes.count("MatMulNBits")) == (binary, nbits)
+    layers, head = weights.config.num_hidden_layers, 1
+    ours = {"BinaryQKV": layers, "BinarySwiGLU": layers, "BinaryMatMul": 2 * layers, "MatMulNBits": head}
+    stock = {"BinaryQKV": 0, "BinarySwiGLU": 0, "BinaryMatMul": 0, "MatMulNBits": 7 * layers + head}
+    expected = stock if library is None else ours
+    assert {name: nodes.count(name) for name in expected} == expected
+    if library is not None:  # five nodes a layer, and what the prologue, the embedding and the head need
+        assert len(nodes) <= 5 * layers + 12
