@@ -89,10 +89,37 @@ def problem(
     )
 
 
-def int8_by_specification(p: Problem) -> npt.NDArray[np.float32]:
-    """The int8 level step by step as SPECIFICATION.md has it, every float operation in float32: [M, N], exact bits."""
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The RMS norm in front of a layer."""
+
+    weight: npt.NDArray[np.float32]  # [K]
+    epsilon: float
+
+    def factor(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """1 / RMS of each token, exact bits: [M]."""
+        mean = _lane_sum(x * x) / np.float32(x.shape[1])
+        return np.float32(1) / np.sqrt(mean + np.float32(self.epsilon))
+
+    def apply(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """The formula in float64: [M, K]."""
+        x64 = x.astype(np.float64)
+        return x64 / np.sqrt((x64**2).mean(axis=1, keepdims=True) + self.epsilon) * self.weight
+
+
+def int8_by_specification(p: Problem, *, norm: Norm | None = None) -> npt.NDArray[np.float32]:
+    """The int8 level step by step as SPECIFICATION.md has it, every float operation in float32: [M, N], exact bits.
+
+    With `norm`, as spec/BinaryQKV.md has it.
+    """
     column = p.form == "column"
-    xs = p.x * p.scales if column else p.x
+    alpha: Any = p.scales if column else np.float32(1)
+    beta: Any = p.offsets if column and p.offsets is not None else np.float32(1)
+    factor: Any = np.float32(1)
+    if norm is not None:
+        alpha, beta = norm.weight * alpha, norm.weight * beta
+        factor = norm.factor(p.x)[:, None]
+    xs = alpha * p.x
     groups = -(-p.k // GROUP)
     total = np.zeros((p.m, p.n), np.float32)
     for g in range(groups):
@@ -100,14 +127,14 @@ def int8_by_specification(p: Problem) -> npt.NDArray[np.float32]:
         step = np.abs(xs[:, part]).max(axis=1, keepdims=True) / np.float32(127)
         q = np.rint(np.divide(xs[:, part], step, out=np.zeros_like(xs[:, part]), where=step > 0))
         integer = q.astype(np.int64) @ p.signs[:, part].astype(np.int64).T
-        value = step * integer.astype(np.float32)
+        value = (factor * step) * integer.astype(np.float32)
         if p.form == "block":
             value = p.scales[:, g].reshape(-1)[: p.n].astype(np.float32) * value
         total = total + value
     if p.form in ("row", "single"):
         total = p.scales * total
     if p.offsets is not None:
-        summed = _lane_sum(p.offsets * p.x if column else p.x)[:, None]
+        summed = factor * _lane_sum(beta * p.x)[:, None]
         total = total + (summed if column else p.offsets * summed)
     return total if p.bias is None else total + p.bias
 
