@@ -9,7 +9,7 @@ namespace fbiedge {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr size_t kPrepareTokens = 16;  // of one KV head, a parallel piece of storing new rows
+constexpr size_t kPrepareTokens = 8;  // a parallel piece of storing new rows
 // Bytes of the cache below which a call isn't worth handing out, and of one piece where a long cache is cut.
 constexpr size_t kSerialBytes = 128 * 1024;
 constexpr size_t kPieceBytes = 128 * 1024;
@@ -42,38 +42,43 @@ size_t visible_to(const Work& work, const Head& head, size_t query) {
     return work.a.first[head.row] + query / work.group + 1;
 }
 
-void store_rows(const Work& work, const Head& head, size_t token, size_t last_token) {
+// The new rows of one head, and its queries.
+void store_rows(const Work& work, const Head& head, size_t token) {
     const Attention& a = work.a;
-    for (; token < last_token; ++token) {
-        const size_t position = a.first[head.row] + token;
-        const float* x = a.qkv + (head.row * a.tokens + token) * (a.heads + 2 * a.kv_heads) * a.d;
-        const float* cos = a.cos + position * (a.d / 2);
-        const float* sin = a.sin + position * (a.d / 2);
-        const size_t cached = head.index * a.capacity + position;
-        const HeadInput key = {x + (a.heads + head.kv_head) * a.d, a.k_norm, a.epsilon, cos, sin, a.d};
-        a.key_scales[cached] = work.kernels.quantize_key_or_value(key, a.keys + cached * a.d);
-        const HeadInput value = {x + (a.heads + a.kv_heads + head.kv_head) * a.d, nullptr, 0, nullptr, nullptr, a.d};
-        a.value_scales[cached] = work.kernels.quantize_key_or_value(value, a.values + cached * a.d);
-        for (size_t i = 0; i < work.group; ++i) {
-            const size_t query = head.index * work.n_queries + token * work.group + i;
-            const HeadInput in = {x + (head.kv_head * work.group + i) * a.d, a.q_norm, a.epsilon, cos, sin, a.d};
-            const float scale = work.kernels.quantize_query(in, work.queries + query * a.d);
-            work.query_scales[query] = scale * (a.scale * kLog2E);
-        }
+    const size_t position = a.first[head.row] + token;
+    const float* x = a.qkv + (head.row * a.tokens + token) * (a.heads + 2 * a.kv_heads) * a.d;
+    const float* cos = a.cos + position * (a.d / 2);
+    const float* sin = a.sin + position * (a.d / 2);
+    const size_t cached = head.index * a.capacity + position;
+    const HeadInput key = {x + (a.heads + head.kv_head) * a.d, a.k_norm, a.epsilon, cos, sin, a.d};
+    a.key_scales[cached] = work.kernels.quantize_key_or_value(key, a.keys + cached * a.d);
+    const HeadInput value = {x + (a.heads + a.kv_heads + head.kv_head) * a.d, nullptr, 0, nullptr, nullptr, a.d};
+    a.value_scales[cached] = work.kernels.quantize_key_or_value(value, a.values + cached * a.d);
+    for (size_t i = 0; i < work.group; ++i) {
+        const size_t query = head.index * work.n_queries + token * work.group + i;
+        const HeadInput in = {x + (head.kv_head * work.group + i) * a.d, a.q_norm, a.epsilon, cos, sin, a.d};
+        const float scale = work.kernels.quantize_query(in, work.queries + query * a.d);
+        work.query_scales[query] = scale * (a.scale * kLog2E);
     }
 }
 
+// A few tokens, all heads of one after the other: as they lie in qkv.
 void store_piece(void* data, size_t index) {
     const Work& work = *static_cast<const Work*>(data);
-    const size_t chunks = ceil_div(work.a.tokens, kPrepareTokens), first = index % chunks * kPrepareTokens;
-    store_rows(work, head_at(work, index / chunks), first, std::min(first + kPrepareTokens, work.a.tokens));
+    const size_t chunks = ceil_div(work.a.tokens, kPrepareTokens);
+    const size_t row = index / chunks, first = index % chunks * kPrepareTokens;
+    for (size_t token = first; token < std::min(first + kPrepareTokens, work.a.tokens); ++token) {
+        for (size_t head = 0; head < work.a.kv_heads; ++head) {
+            store_rows(work, {row, head, row * work.a.kv_heads + head}, token);
+        }
+    }
 }
 
 void clear(AttentionState* states, size_t count, size_t d) {
     for (size_t i = 0; i < count; ++i) {
         states[i].peak = -std::numeric_limits<float>::infinity();
         states[i].sum = 0.0f;
-        std::fill_n(states[i].mixed, d, 0.0f);
+        std::fill_n(states[i].mixed, ceil_div(d, 16) * 16, 0.0f);
     }
 }
 
@@ -109,7 +114,7 @@ void finish(const Work& work, const Head& head, size_t query, size_t n_queries, 
 void attend_piece(void* data, size_t index) {
     const Work& work = *static_cast<const Work*>(data);
     const Head head = head_at(work, index / work.pieces);
-    if (work.prepares) store_rows(work, head, 0, work.a.tokens);
+    if (work.prepares) store_rows(work, head, 0);
     const size_t query = index % work.pieces * kMaxQueries;
     const size_t n_queries = std::min(work.n_queries - query, kMaxQueries);
     AttentionState states[kMaxQueries];
@@ -169,7 +174,7 @@ bool attention(const Attention& a, const AttentionKernels& kernels, const Parall
 
     work.prepares = a.tokens == 1 && !worth_cutting;
     const size_t chunks = ceil_div(a.tokens, kPrepareTokens);
-    if (!work.prepares && !run(used, heads * chunks, store_piece, &work)) return false;
+    if (!work.prepares && !run(used, a.batch * chunks, store_piece, &work)) return false;
     if (!worth_cutting) {
         work.pieces = ceil_div(n_queries, kMaxQueries);
         return run(used, heads * work.pieces, attend_piece, &work);

@@ -2,7 +2,7 @@
 // function pointers. Keys and values are int8 rows of head_dim numbers with one scale each.
 //
 // Scores and mixed values are integer sums, of 16-bit queries times int8 keys and of 16-bit shares times int8 values:
-// exact, so that their order is each kernel's own. All float operations stand once, in kernels/attention_body.h, and
+// exact, so that their order is each kernel's own. All float operations stand once, in kernels/shared_attention.h, and
 // are rounded one by one. So every kernel gives the same bits.
 #pragma once
 

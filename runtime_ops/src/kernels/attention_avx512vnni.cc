@@ -5,9 +5,8 @@
 //   sum q * k = 256 * sum high * (k + 128) + sum low * (k + 128) - 128 * sum q
 // Mixing. Values are packed to [4 tokens] neighbours in the lane of their number of the head; a share is two u8 planes.
 
-#include <immintrin.h>
-
-#include "attention_body.h"
+#include "lanes_avx512.h"
+#include "shared_attention.h"
 
 namespace fbiedge {
 namespace {
@@ -50,15 +49,19 @@ struct Planes {
 };
 
 void split(const int16_t* query, size_t d, Planes& planes) {
-    int32_t sum = 0;
-    for (size_t i = 0; i < d; ++i) {
-        const int32_t high = (query[i] + 128) >> 8;
-        planes.high[i] = static_cast<int8_t>(high);
-        planes.low[i] = static_cast<int8_t>(query[i] - 256 * high);
-        sum += query[i];
+    __m512i sums_i32x16 = _mm512_setzero_si512();
+    for (size_t i = 0; i < align_up(d); i += 32) {  // whole chunks
+        const __mmask32 mask = d >= i + 32 ? ~0u : d > i ? (1u << (d - i)) - 1 : 0;
+        const __m512i q_i16x32 = _mm512_maskz_loadu_epi16(mask, query + i);
+        const __m512i high_i16x32 = _mm512_srai_epi16(_mm512_add_epi16(q_i16x32, _mm512_set1_epi16(128)), 8);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(planes.high + i), _mm512_cvtepi16_epi8(high_i16x32));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(planes.low + i), _mm512_cvtepi16_epi8(q_i16x32));
+        sums_i32x16 = _mm512_add_epi32(sums_i32x16, _mm512_madd_epi16(q_i16x32, _mm512_set1_epi16(1)));
     }
-    planes.correction = -128 * sum;
+    planes.correction = -128 * _mm512_reduce_add_epi32(sums_i32x16);
 }
+
+void prefetch(const int8_t* row) { _mm_prefetch(reinterpret_cast<const char*>(row), _MM_HINT_T0); }
 
 int32_t word(const void* bytes, size_t index) {
     int32_t value;
@@ -107,36 +110,131 @@ void score_all(const Planes* planes, size_t d, const uint8_t* packed, size_t n_t
     for (; group < groups; ++group) score_groups<kQueries, 1>(planes, quads, packed, group, scores);
 }
 
-struct SumsAvx512Vnni {
-    static constexpr size_t kKeyBytes = kBlockTokens * kMaxHeadDim;
-    static constexpr size_t kValueBytes = kBlockTokens * kMaxHeadDim;
+// --- a few queries: rows as they lie in memory
+
+// Four registers of sums by lane -> one with the 4 sums within each 128-bit part.
+__m512i add_within_parts(const __m512i (&rows)[4]) {
+    const __m512i sums_01 =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+    const __m512i sums_23 =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(sums_01, sums_23), _mm512_unpackhi_epi64(sums_01, sums_23));
+}
+__m512i add_parts(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// Some numbers of row t, or of the last where there is no such row: what is computed with it is not used.
+__m512i row_chunk(const int8_t* rows, size_t t, size_t n_tokens, size_t d, size_t at, __mmask64 mask) {
+    return _mm512_maskz_loadu_epi8(mask, rows + min_size(t, n_tokens - 1) * d + at);
+}
+
+template <int kQueries>
+void score_rows(const AttendArgs& a, const Planes* planes, size_t n_tokens, int32_t (*scores)[kBlockTokens]) {
+    const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (size_t first = 0; first < n_tokens; first += kLanes) {
+        __m512i parts_i32x16[kQueries][4];
+        for (size_t part = 0; part < 4; ++part) {
+            __m512i high_i32x16[kQueries][4], low_i32x16[kQueries][4];
+            for (int i = 0; i < kQueries; ++i) {
+                for (size_t t = 0; t < 4; ++t) high_i32x16[i][t] = low_i32x16[i][t] = _mm512_setzero_si512();
+            }
+            for (size_t at = 0; at < a.d; at += kChunk) {
+                const __mmask64 mask = chunk_mask(a.d - at);
+                __m512i k_u8x64[4];
+                for (size_t t = 0; t < 4; ++t) {
+                    const size_t token = first + 4 * part + t;
+                    prefetch(a.values + token * a.d + at);
+                    k_u8x64[t] = _mm512_xor_si512(row_chunk(a.keys, token, a.n_tokens, a.d, at, mask), to_unsigned);
+                }
+                for (int i = 0; i < kQueries; ++i) {
+                    const __m512i high_i8x64 = _mm512_load_si512(planes[i].high + at);
+                    const __m512i low_i8x64 = _mm512_load_si512(planes[i].low + at);
+                    for (size_t t = 0; t < 4; ++t) {
+                        high_i32x16[i][t] = _mm512_dpbusd_epi32(high_i32x16[i][t], k_u8x64[t], high_i8x64);
+                        low_i32x16[i][t] = _mm512_dpbusd_epi32(low_i32x16[i][t], k_u8x64[t], low_i8x64);
+                    }
+                }
+            }
+            for (int i = 0; i < kQueries; ++i) {
+                const __m512i high_i32x4x4 = add_within_parts(high_i32x16[i]);
+                parts_i32x16[i][part] =
+                    _mm512_add_epi32(_mm512_slli_epi32(high_i32x4x4, 8), add_within_parts(low_i32x16[i]));
+            }
+        }
+        for (int i = 0; i < kQueries; ++i) {
+            const __m512i sums_i32x16 = add_parts(add_parts(parts_i32x16[i][0], parts_i32x16[i][1]),
+                                                  add_parts(parts_i32x16[i][2], parts_i32x16[i][3]));
+            _mm512_store_si512(scores[i] + first,
+                               _mm512_add_epi32(sums_i32x16, _mm512_set1_epi32(planes[i].correction)));
+        }
+    }
+}
+
+// Four tokens' chunks of 64 numbers -> 4 registers of quads: register j holds, in its 128-bit part p, the numbers
+// 16 p + 4 j .. 16 p + 4 j + 3 of the chunk, 4 tokens of each.
+void interleave(const __m512i (&rows)[kQuad], __m512i (&quads)[kQuad]) {
+    const __m512i low_01 = _mm512_unpacklo_epi8(rows[0], rows[1]), high_01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const __m512i low_23 = _mm512_unpacklo_epi8(rows[2], rows[3]), high_23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    quads[0] = _mm512_unpacklo_epi16(low_01, low_23);
+    quads[1] = _mm512_unpackhi_epi16(low_01, low_23);
+    quads[2] = _mm512_unpacklo_epi16(high_01, high_23);
+    quads[3] = _mm512_unpackhi_epi16(high_01, high_23);
+}
+
+class SumsAvx512Vnni {
+  public:
+    explicit SumsAvx512Vnni(const AttendArgs& args) : a_(args), packs_(args.n_queries > kQueriesAtOnce) {
+        if (packs_) pack_keys();
+    }
 
     struct Shares {
         alignas(kAlignment) uint8_t high[kBlockTokens];
         alignas(kAlignment) uint8_t low[kBlockTokens];
+        void store(F32x16 shifted, size_t first) {
+            shifted.store_low_bytes(reinterpret_cast<int8_t*>(low) + first);
+            const __m128i high_u8x16 = _mm512_cvtepi32_epi8(_mm512_srli_epi32(shifted.bits(), 8));
+            _mm_store_si128(reinterpret_cast<__m128i*>(high + first), high_u8x16);
+        }
     };
-    static void store_shares(const int32_t* units, size_t first, Shares& shares) {
-        const __m512i units_i32x16 = _mm512_loadu_si512(units);
-        const __m128i low_u8x16 = _mm512_cvtepi32_epi8(units_i32x16);
-        const __m128i high_u8x16 = _mm512_cvtepi32_epi8(_mm512_srli_epi32(units_i32x16, 8));
-        _mm_store_si128(reinterpret_cast<__m128i*>(shares.low + first), low_u8x16);
-        _mm_store_si128(reinterpret_cast<__m128i*>(shares.high + first), high_u8x16);
+
+    void scores(size_t first, size_t n, size_t n_tokens, int32_t (*scores)[kBlockTokens]) {
+        Planes planes[kQueriesAtOnce];
+        for (size_t i = 0; i < n; ++i) split(a_.queries + (first + i) * a_.d, a_.d, planes[i]);
+        if (!packs_) {
+            for (size_t i = 0; i < n; i += 2) {
+                if (i + 2 <= n)
+                    score_rows<2>(a_, planes + i, n_tokens, scores + i);
+                else
+                    score_rows<1>(a_, planes + i, n_tokens, scores + i);
+            }
+            return;
+        }
+        if (n == kQueriesAtOnce) return score_all<kQueriesAtOnce>(planes, a_.d, keys_, n_tokens, scores);
+        for (size_t i = 0; i < n; ++i) score_all<1>(planes + i, a_.d, keys_, n_tokens, scores + i);
     }
 
-    static void pack_keys(const int8_t* keys, size_t n_tokens, size_t d, uint8_t* packed) {
+    void mix(const Shares* shares, size_t n, size_t n_tokens, int32_t (*sums)[kMaxHeadDim]) {
+        if (packs_ && !packed_values_) pack_values();
+        for (size_t at = 0; at < a_.d; at += kChunk) {
+            size_t i = 0;
+            for (; i + 2 <= n; i += 2) mix_chunk<2>(shares + i, n_tokens, at, sums + i);
+            for (; i < n; ++i) mix_chunk<1>(shares + i, n_tokens, at, sums + i);
+        }
+    }
+
+  private:
+    void pack_keys() {
         const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
-        for (size_t first = 0; first < n_tokens; first += kLanes) {
-            const size_t tokens = min_size(n_tokens - first, kLanes);
-            for (size_t at = 0; at < d; at += kChunk) {
-                const __mmask64 mask = chunk_mask(d - at);
+        for (size_t first = 0; first < a_.n_tokens; first += kLanes) {
+            for (size_t at = 0; at < a_.d; at += kChunk) {
+                const __mmask64 mask = chunk_mask(a_.d - at);
                 __m512i rows[kLanes];
-                for (size_t t = 0; t < kLanes; ++t) {
-                    rows[t] =
-                        _mm512_maskz_loadu_epi8(t < tokens ? mask : 0, keys + (first + (t < tokens ? t : 0)) * d + at);
-                }
+                for (size_t t = 0; t < kLanes; ++t)
+                    rows[t] = row_chunk(a_.keys, first + t, a_.n_tokens, a_.d, at, mask);
                 transpose(rows);
-                const size_t quads = min_size(d - at, kChunk) / kQuad;
-                uint8_t* out = packed + (first * d + at * kLanes);
+                const size_t quads = min_size(a_.d - at, kChunk) / kQuad;
+                uint8_t* out = keys_ + (first * a_.d + at * kLanes);
                 for (size_t quad = 0; quad < quads; ++quad) {
                     _mm512_store_si512(out + quad * kChunk, _mm512_xor_si512(rows[quad], to_unsigned));
                 }
@@ -144,48 +242,42 @@ struct SumsAvx512Vnni {
         }
     }
 
-    // [d / 64][tokens / 4][4 registers]: register j holds, in its 128-bit part p, numbers 16 p + 4 j .. + 3 of the
-    // chunk.
-    static void pack_values(const int8_t* values, size_t n_tokens, size_t d, uint8_t* packed) {
-        for (size_t at = 0; at < d; at += kChunk) {
-            const __mmask64 mask = chunk_mask(d - at);
-            for (size_t first = 0; first < ceil_div(n_tokens, kLanes) * kLanes; first += kQuad) {
-                __m512i rows[kQuad];
-                for (size_t t = 0; t < kQuad; ++t) {
-                    const bool held = first + t < n_tokens;
-                    rows[t] = _mm512_maskz_loadu_epi8(held ? mask : 0, values + (held ? first + t : 0) * d + at);
-                }
-                const __m512i low_01 = _mm512_unpacklo_epi8(rows[0], rows[1]);
-                const __m512i high_01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
-                const __m512i low_23 = _mm512_unpacklo_epi8(rows[2], rows[3]);
-                const __m512i high_23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
-                uint8_t* out = packed + at * kBlockTokens + first * kChunk;
-                _mm512_store_si512(out, _mm512_unpacklo_epi16(low_01, low_23));
-                _mm512_store_si512(out + kChunk, _mm512_unpackhi_epi16(low_01, low_23));
-                _mm512_store_si512(out + 2 * kChunk, _mm512_unpacklo_epi16(high_01, high_23));
-                _mm512_store_si512(out + 3 * kChunk, _mm512_unpackhi_epi16(high_01, high_23));
-            }
-        }
+    void load_quads(size_t first, size_t at, __mmask64 mask, __m512i (&quads)[kQuad]) const {
+        __m512i rows[kQuad];
+        for (size_t t = 0; t < kQuad; ++t) rows[t] = row_chunk(a_.values, first + t, a_.n_tokens, a_.d, at, mask);
+        interleave(rows, quads);
     }
 
-    static void scores(const int16_t* queries, size_t n, size_t d, const uint8_t* packed, size_t n_tokens,
-                       int32_t (*scores)[kBlockTokens]) {
-        Planes planes[kQueriesAtOnce];
-        for (size_t i = 0; i < n; ++i) split(queries + i * d, d, planes[i]);
-        if (n == kQueriesAtOnce) return score_all<kQueriesAtOnce>(planes, d, packed, n_tokens, scores);
-        for (size_t i = 0; i < n; ++i) score_all<1>(planes + i, d, packed, n_tokens, scores + i);
+    uint8_t* packed_values(size_t first, size_t at) { return values_ + at * kBlockTokens + first * kChunk; }
+
+    void pack_values() {
+        for (size_t at = 0; at < a_.d; at += kChunk) {
+            const __mmask64 mask = chunk_mask(a_.d - at);
+            for (size_t first = 0; first < whole_lanes(a_.n_tokens); first += kQuad) {
+                __m512i quads[kQuad];
+                load_quads(first, at, mask, quads);
+                for (size_t j = 0; j < kQuad; ++j) _mm512_store_si512(packed_values(first, at) + j * kChunk, quads[j]);
+            }
+        }
+        packed_values_ = true;
     }
 
     template <int kQueries>
-    static void mix_chunk(const Shares* shares, const uint8_t* values, size_t n_tokens, size_t at, size_t d,
-                          int32_t (*sums)[kMaxHeadDim]) {
+    void mix_chunk(const Shares* shares, size_t n_tokens, size_t at, int32_t (*sums)[kMaxHeadDim]) {
+        const __mmask64 mask = chunk_mask(a_.d - at);
         __m512i high_i32x16[kQueries][kQuad], low_i32x16[kQueries][kQuad];
         for (int i = 0; i < kQueries; ++i) {
             for (size_t j = 0; j < kQuad; ++j) high_i32x16[i][j] = low_i32x16[i][j] = _mm512_setzero_si512();
         }
         for (size_t first = 0; first < n_tokens; first += kQuad) {
             __m512i v_i8x64[kQuad];
-            for (size_t j = 0; j < kQuad; ++j) v_i8x64[j] = _mm512_load_si512(values + first * kChunk + j * kChunk);
+            if (packs_) {
+                for (size_t j = 0; j < kQuad; ++j)
+                    v_i8x64[j] = _mm512_load_si512(packed_values(first, at) + j * kChunk);
+            } else {
+                for (size_t t = 0; t < kQuad; ++t) prefetch(a_.keys + (kBlockTokens + first + t) * a_.d + at);
+                load_quads(first, at, mask, v_i8x64);
+            }
             for (int i = 0; i < kQueries; ++i) {
                 const __m512i high_u8x64 = _mm512_set1_epi32(word(shares[i].high, first / kQuad));
                 const __m512i low_u8x64 = _mm512_set1_epi32(word(shares[i].low, first / kQuad));
@@ -200,28 +292,27 @@ struct SumsAvx512Vnni {
             for (size_t j = 0; j < kQuad; ++j) {
                 sum_i32x16[j] = _mm512_add_epi32(_mm512_slli_epi32(high_i32x16[i][j], 8), low_i32x16[i][j]);
             }
-            // Back to the head's order: a transpose of the 4 x 4 parts.
-            const __m512i low_01 = _mm512_shuffle_i32x4(sum_i32x16[0], sum_i32x16[1], 0x44);
-            const __m512i low_23 = _mm512_shuffle_i32x4(sum_i32x16[2], sum_i32x16[3], 0x44);
-            const __m512i high_01 = _mm512_shuffle_i32x4(sum_i32x16[0], sum_i32x16[1], 0xee);
-            const __m512i high_23 = _mm512_shuffle_i32x4(sum_i32x16[2], sum_i32x16[3], 0xee);
-            int32_t* out = sums[i] + at;
-            _mm512_store_si512(out, _mm512_shuffle_i32x4(low_01, low_23, 0x88));
-            if (at + 16 < d) _mm512_store_si512(out + 16, _mm512_shuffle_i32x4(low_01, low_23, 0xdd));
-            if (at + 32 < d) _mm512_store_si512(out + 32, _mm512_shuffle_i32x4(high_01, high_23, 0x88));
-            if (at + 48 < d) _mm512_store_si512(out + 48, _mm512_shuffle_i32x4(high_01, high_23, 0xdd));
+            store_in_order(sum_i32x16, a_.d - at, sums[i] + at);
         }
     }
 
-    static void mix(const Shares* shares, size_t n, size_t d, const uint8_t* packed, size_t n_tokens,
-                    int32_t (*sums)[kMaxHeadDim]) {
-        for (size_t at = 0; at < d; at += kChunk) {
-            const uint8_t* values = packed + at * kBlockTokens;
-            size_t i = 0;
-            for (; i + 2 <= n; i += 2) mix_chunk<2>(shares + i, values, n_tokens, at, d, sums + i);
-            for (; i < n; ++i) mix_chunk<1>(shares + i, values, n_tokens, at, d, sums + i);
-        }
+    // From quads as interleave() leaves them to the order of the head: a transpose of the 4 x 4 parts.
+    static void store_in_order(const __m512i (&sums)[kQuad], size_t count, int32_t* out) {
+        const __m512i low_01 = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44);
+        const __m512i low_23 = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
+        const __m512i high_01 = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee);
+        const __m512i high_23 = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
+        _mm512_store_si512(out, _mm512_shuffle_i32x4(low_01, low_23, 0x88));
+        if (count > 16) _mm512_store_si512(out + 16, _mm512_shuffle_i32x4(low_01, low_23, 0xdd));
+        if (count > 32) _mm512_store_si512(out + 32, _mm512_shuffle_i32x4(high_01, high_23, 0x88));
+        if (count > 48) _mm512_store_si512(out + 48, _mm512_shuffle_i32x4(high_01, high_23, 0xdd));
     }
+
+    const AttendArgs& a_;
+    const bool packs_;
+    bool packed_values_ = false;
+    alignas(kAlignment) uint8_t keys_[kBlockTokens * kMaxHeadDim];
+    alignas(kAlignment) uint8_t values_[kBlockTokens * kMaxHeadDim];
 };
 
 }  // namespace

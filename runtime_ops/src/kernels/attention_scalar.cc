@@ -1,56 +1,48 @@
 // The slow, obvious integer sums of attention. Every other kernel is compared with it, bit for bit.
 
-#include "attention_body.h"
+#include "lanes_scalar.h"
+#include "shared_attention.h"
 
 namespace fbiedge {
 namespace {
 
-struct SumsScalar {
-    static constexpr size_t kKeyBytes = kBlockTokens * kMaxHeadDim;
-    static constexpr size_t kValueBytes = kBlockTokens * kMaxHeadDim;
+// The integer sums over one block.
+class SumsScalar {
+  public:
+    explicit SumsScalar(const AttendArgs& args) : a_(args) {}
 
-    // Integer shares of a block's tokens, as this kernel likes them.
+    // Integer shares of a block's tokens, as this kernel likes them; they come as x + kRoundingMagic.
     struct Shares {
-        int32_t at[kBlockTokens];
+        int16_t at[kBlockTokens];
+        void store(F32x16 shifted, size_t first) { shifted.store_low_halves(at + first); }
     };
-    static void store_shares(const int32_t* units, size_t first, Shares& shares) {
-        memcpy(shares.at + first, units, kLanes * sizeof(int32_t));
-    }
 
-    // The block's rows, as this kernel likes them: [n_tokens, d], no more may be read.
-    static void pack_keys(const int8_t* keys, size_t n_tokens, size_t d, uint8_t* packed) {
-        memset(packed, 0, kKeyBytes);
-        memcpy(packed, keys, n_tokens * d);
-    }
-    static void pack_values(const int8_t* values, size_t n_tokens, size_t d, uint8_t* packed) {
-        pack_keys(values, n_tokens, d, packed);
-    }
-
-    // scores[i][t] = queries[i] . keys[t] for the first n_tokens, a multiple of 16; those past the block's are any.
-    static void scores(const int16_t* queries, size_t n, size_t d, const uint8_t* packed, size_t n_tokens,
-                       int32_t (*scores)[kBlockTokens]) {
-        const int8_t* keys = reinterpret_cast<const int8_t*>(packed);
+    // scores[i][t] = queries[first + i] . keys[t] for n queries (1..kQueriesAtOnce) and the first n_tokens, a multiple
+    // of 16; those past the block's are any.
+    void scores(size_t first, size_t n, size_t n_tokens, int32_t (*scores)[kBlockTokens]) {
         for (size_t i = 0; i < n; ++i) {
+            const int16_t* query = a_.queries + (first + i) * a_.d;
             for (size_t t = 0; t < n_tokens; ++t) {
                 int32_t sum = 0;
-                for (size_t j = 0; j < d; ++j) sum += queries[i * d + j] * keys[t * d + j];
+                for (size_t j = 0; t < a_.n_tokens && j < a_.d; ++j) sum += query[j] * a_.keys[t * a_.d + j];
                 scores[i][t] = sum;
             }
         }
     }
 
-    // sums[i][j] = shares[i] . values[:, j] over the first n_tokens, a multiple of 16; shares past the block's are 0.
-    static void mix(const Shares* shares, size_t n, size_t d, const uint8_t* packed, size_t n_tokens,
-                    int32_t (*sums)[kMaxHeadDim]) {
-        const int8_t* values = reinterpret_cast<const int8_t*>(packed);
+    // sums[i][j] = shares[i] . values[:, j] for n queries over the first n_tokens, a multiple of 16; shares past the
+    // block's are 0. Columns up to whole lanes are written.
+    void mix(const Shares* shares, size_t n, size_t n_tokens, int32_t (*sums)[kMaxHeadDim]) {
         for (size_t i = 0; i < n; ++i) {
-            for (size_t j = 0; j < d; ++j) {
-                int32_t sum = 0;
-                for (size_t t = 0; t < n_tokens; ++t) sum += shares[i].at[t] * values[t * d + j];
-                sums[i][j] = sum;
+            memset(sums[i], 0, whole_lanes(a_.d) * sizeof(int32_t));
+            for (size_t t = 0; t < min_size(n_tokens, a_.n_tokens); ++t) {
+                for (size_t j = 0; j < a_.d; ++j) sums[i][j] += shares[i].at[t] * a_.values[t * a_.d + j];
             }
         }
     }
+
+  private:
+    const AttendArgs& a_;
 };
 
 }  // namespace
