@@ -10,5 +10,6 @@ double read_gigabytes_per_second(const uint8_t* data, size_t bytes);
 
 // Multiply-accumulates a second, in GMAC/s, of the instruction that `isa` multiplies int8 with, on registers alone:
 //   avx512vnni  vpdpbusd, 64 at a time      avx2  vpmaddubsw and the vpaddw that gathers it, 32 at a time
-//   neon        sdot, 16 at a time          0 for any other: no such instruction
+//   neon_i8mm   smmla, 32 at a time         neon_dotprod  sdot, 16 at a time
+//   neon        tbl and the add that gathers it, two of each for 64      0 for scalar: no such instruction
 double int8_peak_gmacs_per_second(const char* isa);

@@ -61,7 +61,7 @@ const char* fbiedge_status_message(int status) {
         case FBIEDGE_BAD_ACCURACY:
             return "unknown accuracy level; expected 0 (default), 1 (fp32) or 4 (int8)";
         case FBIEDGE_UNKNOWN_ISA:
-            return "unknown kernel; expected avx512vbmi, avx512vnni, avx2, neon or scalar";
+            return "unknown kernel; expected avx512vbmi, avx512vnni, avx2, neon_i8mm, neon_dotprod, neon or scalar";
         case FBIEDGE_UNAVAILABLE_ISA:
             return "this machine or build can't run that kernel";
         case FBIEDGE_OUT_OF_MEMORY:

@@ -74,18 +74,24 @@ void detect(bool& avx2, bool& avx512vnni, bool& avx512vbmi) {
 
 #elif defined(FBIEDGE_ARM64)
 
-bool has_dotprod() {
+void detect(bool& dotprod, bool& i8mm) {
+    dotprod = i8mm = false;
 #if defined(__linux__)
-    const unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP
-    return (getauxval(AT_HWCAP) & asimddp) != 0;
+    const unsigned long asimddp = 1ul << 20, i8mm_bit = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+    dotprod = (getauxval(AT_HWCAP) & asimddp) != 0;
+    i8mm = dotprod && (getauxval(AT_HWCAP2) & i8mm_bit) != 0;
 #elif defined(__APPLE__)
-    int value = 0;
-    size_t size = sizeof value;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
+    const auto has = [](const char* name) {
+        int value = 0;
+        size_t size = sizeof value;
+        return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    dotprod = has("hw.optional.arm.FEAT_DotProd");
+    i8mm = dotprod && has("hw.optional.arm.FEAT_I8MM");
 #elif defined(_WIN32)
-    return IsProcessorFeaturePresent(43) != 0;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
-#else
-    return false;
+    const DWORD dotprod_feature = 43, i8mm_feature = 66;  // PF_ARM_V82_{DP,I8MM}_INSTRUCTIONS_AVAILABLE
+    dotprod = IsProcessorFeaturePresent(dotprod_feature) != 0;
+    i8mm = dotprod && IsProcessorFeaturePresent(i8mm_feature) != 0;
 #endif
 }
 
@@ -100,7 +106,11 @@ AvailableKernels detect_kernels() {
     if (avx512vnni) kernels.tables[kernels.count++] = &kKernelsAvx512Vnni;
     if (avx2) kernels.tables[kernels.count++] = &kKernelsAvx2;
 #elif defined(FBIEDGE_ARM64)
-    if (has_dotprod()) kernels.tables[kernels.count++] = &kKernelsNeon;
+    bool dotprod, i8mm;
+    detect(dotprod, i8mm);
+    if (i8mm) kernels.tables[kernels.count++] = &kKernelsNeonI8mm;
+    if (dotprod) kernels.tables[kernels.count++] = &kKernelsNeonDotprod;
+    kernels.tables[kernels.count++] = &kKernelsNeon;  // every AArch64 has NEON
 #endif
     kernels.tables[kernels.count++] = &kKernelsScalar;
     return kernels;
@@ -114,7 +124,8 @@ const AvailableKernels& available_kernels() {
 }
 
 bool is_known_isa(const char* isa) {
-    static const char* const names[] = {"avx512vbmi", "avx512vnni", "avx2", "neon", "scalar"};
+    static const char* const names[] = {"avx512vbmi",   "avx512vnni", "avx2",  "neon_i8mm",
+                                        "neon_dotprod", "neon",       "scalar"};
     for (const char* name : names) {
         if (std::strcmp(name, isa) == 0) return true;
     }

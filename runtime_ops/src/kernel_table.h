@@ -67,6 +67,8 @@ extern const BinaryKernels kBinaryAvx2;
 extern const BinaryKernels kBinaryAvx512Vnni;
 extern const BinaryKernels kBinaryAvx512Vbmi;
 extern const BinaryKernels kBinaryNeon;
+extern const BinaryKernels kBinaryNeonDotprod;
+extern const BinaryKernels kBinaryNeonI8mm;
 
 struct ActivationKernels;  // activation_kernels.h
 struct AttentionKernels;   // attention_kernels.h
@@ -90,7 +92,8 @@ constexpr size_t kTokenHeaderBytes = 64;
 static inline float* offset_sum(uint8_t* token) { return reinterpret_cast<float*>(token); }
 static inline const float* offset_sum(const uint8_t* token) { return reinterpret_cast<const float*>(token); }
 
-// int8 level, the same for every ISA: header, scale[groups], sum of q[groups], q (128 a group, permuted by the kernel).
+// int8 level, of every kernel that multiplies (those that look sums up have their own): header, scale[groups], sum of
+// q[groups], q (128 a group, permuted by the kernel).
 struct Int8Layout {
     size_t groups;
     size_t scales_at;

@@ -1,270 +1,165 @@
-// AArch64 NEON with the dot product extension (ARMv8.2 dotprod). A tile is four 128-bit quarters of 4 rows: 32-bit lane
-// r holds the 32 sign bits of row r.
+// BinaryMatMul for every AArch64 processor (Armv8.0, e.g. Cortex-A53 and A72: Raspberry Pi 3 and 4), which have no int8
+// dot product.
 //
-// int8. vtst(v, 1 << b) is plane b as bytes -1 / 0, whose 4-byte lanes line up with the activations of inputs b, 8+b,
-// 16+b, 24+b broadcast to all rows: sdot gathers -P, P = sum of q where the bit is 1, with no shift and no overflow.
-// With S = sum of q, the group's result is the integer 2P - S. A plane serves up to 4 tokens.
+// int8. Four inputs have only 16 sign patterns, so their sums, sum of s * q, stand in a table that `prepare` makes once
+// a token; the kernel looks the bits up, 16 rows at a time, and multiplies nothing. ld4 takes a tile apart into byte
+// columns j: lane r is byte 4r + j, the signs of row r for inputs 8j ... 8j + 7, whose halves index two tables. A sum
+// of four lies within +-508, so it is kept as 32 * high + low: low 0 ... 31, high -16 ... 15, a byte table each. The 8
+// lookups of a tile then add up in bytes: low to 248, high to -128 ... 120. The group's I has 16 bits, |I| <= 16256.
+// Two tiles of rows share a table while it is in registers.
 //
-// fp32. The sign bit shifted to the top and put on 1.0 gives +-1; a fused multiply-add of +-1 rounds once, as an add
-// does.
+// Vector instructions for a tile of 512 weights and one token, without loads:
+//   tables                       8 to halve bytes, 16 tbl, 16 to add, 4 to widen            = 44
+//   masks (tst, and, sadalp)     for 8 planes of 4 quarters                                 = 96
+//   masks (tst, smlal, smlal2)   likewise; slower still where only one pipe multiplies      = 96
+//   8 bit planes of q (and, cnt, add)  for 4 quarters                                       = 96
+// The price is 8 bytes of tables an input, read once for two tiles, and 3 instructions an input to make them.
 
-#include <arm_neon.h>
-
-#include "../kernel_table.h"
+#include "neon_common.h"
 
 namespace fbiedge {
 namespace {
 
-constexpr size_t kQuarters = 4;
-constexpr size_t kQuarterRows = 4;
-constexpr size_t kQuadsPerTile = 8;  // 32-bit words of 4 activations, one a plane
-constexpr size_t kQuadsPerGroup = 32;
+constexpr size_t kQuadInputs = 4;
+constexpr size_t kTableBytes = 32;  // of 4 inputs: low of the 16 sums, then high
+constexpr size_t kGroupTableBytes = kGroupInputs / kQuadInputs * kTableBytes;
+constexpr size_t kTileTableBytes = kTileInputs / kQuadInputs * kTableBytes;
+constexpr int kLowBits = 5;
 
-// Lanes 8, 4, 2, 1 apart of 16: the order of the scalar kernel.
-float sum_lanes(const float32x4_t sums_f32x4[4]) {
-    const float32x4_t low_f32x4 = vaddq_f32(sums_f32x4[0], sums_f32x4[2]);
-    const float32x4_t high_f32x4 = vaddq_f32(sums_f32x4[1], sums_f32x4[3]);
-    const float32x4_t sum_f32x4 = vaddq_f32(low_f32x4, high_f32x4);
-    const float32x2_t sum_f32x2 = vadd_f32(vget_low_f32(sum_f32x4), vget_high_f32(sum_f32x4));
-    return vget_lane_f32(sum_f32x2, 0) + vget_lane_f32(sum_f32x2, 1);
-}
+// A prepared token: header, scale[groups], tables of every 4 inputs in natural order.
+size_t tables_at(size_t k) { return kTokenHeaderBytes + align_up(ceil_div(k, kGroupInputs) * sizeof(float)); }
+size_t token_bytes_int8_neon(size_t k) { return tables_at(k) + ceil_div(k, kGroupInputs) * kGroupTableBytes; }
 
-float32x4_t add_offsets(float32x4_t sum_f32x4, const GroupInput& in, size_t at) {
-    const float32x4_t x_f32x4 = vld1q_f32(in.x + at);
-    if (!in.beta) return vaddq_f32(sum_f32x4, x_f32x4);
-    return vaddq_f32(sum_f32x4, vmulq_f32(vld1q_f32(in.beta + at), x_f32x4));
-}
-
-float32x4_t scaled_inputs(const GroupInput& in, size_t at) {
-    const float32x4_t x_f32x4 = vld1q_f32(in.x + at);
-    return in.alpha ? vmulq_f32(vld1q_f32(in.alpha + at), x_f32x4) : x_f32x4;
-}
-
-float32x4_t block_scales(const MultiplyArgs& a, size_t tile, size_t quarter, size_t group) {
-    const size_t index = (tile * ceil_div(a.k, kGroupInputs) + group) * kTileRows + quarter * kQuarterRows;
-    if (!a.block_scales_fp16) return vld1q_f32(static_cast<const float*>(a.block_scales) + index);
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(a.block_scales) + index)));
-}
-
-void finish(const MultiplyArgs& a, size_t token, size_t tile, size_t quarter, float32x4_t total_f32x4) {
-    const float32x4_t sum_f32x4 = vdupq_n_f32(*offset_sum(a.tokens + token * a.token_stride_in_bytes));
-    const size_t row = tile * a.row_step + quarter * kQuarterRows;
-    const size_t out = tile * kTileRows + quarter * kQuarterRows;
-    if (a.row_alpha) total_f32x4 = vmulq_f32(vld1q_f32(a.row_alpha + row), total_f32x4);
-    if (a.row_beta) total_f32x4 = vaddq_f32(total_f32x4, vmulq_f32(vld1q_f32(a.row_beta + row), sum_f32x4));
-    if (a.add_offset_sum) total_f32x4 = vaddq_f32(total_f32x4, sum_f32x4);
-    if (a.bias) total_f32x4 = vaddq_f32(total_f32x4, vld1q_f32(a.bias + token * a.bias_stride + out));
-    vst1q_f32(a.y + token * a.y_stride + out, total_f32x4);
-}
-
-// --- int8 level
-// -------------------------------------------------------------------------------------------------------
-
-// 16 int32 -> 16 int8 in order; the values fit.
-int8x16_t narrow(const int32x4_t q_i32x4[4]) {
-    const int16x8_t low_i16x8 = vcombine_s16(vmovn_s32(q_i32x4[0]), vmovn_s32(q_i32x4[1]));
-    const int16x8_t high_i16x8 = vcombine_s16(vmovn_s32(q_i32x4[2]), vmovn_s32(q_i32x4[3]));
-    return vcombine_s8(vmovn_s16(low_i16x8), vmovn_s16(high_i16x8));
-}
-
-// 32 int8 in natural order (8j + b) -> plane order (4b + j): an interleaving store of four rows of 8.
-void store_plane_order(int8x16_t low_i8x16, int8x16_t high_i8x16, int8_t* q) {
-    int8x8x4_t rows;
-    rows.val[0] = vget_low_s8(low_i8x16);
-    rows.val[1] = vget_high_s8(low_i8x16);
-    rows.val[2] = vget_low_s8(high_i8x16);
-    rows.val[3] = vget_high_s8(high_i8x16);
-    vst4_s8(q, rows);
+// Table of the inputs in lanes kFirst ... kFirst + 3: entry e adds q where its bit is 1 and takes it away where it is
+// 0.
+template <int kFirst>
+void store_table(int16x8_t q_i16x8, uint8_t* table) {
+    alignas(16) static const int16_t signs[3][8] = {
+        {-1, 1, -1, 1, -1, 1, -1, 1}, {-1, -1, 1, 1, -1, -1, 1, 1}, {-1, -1, -1, -1, 1, 1, 1, 1}};
+    int16x8_t sum_i16x8 = vmulq_laneq_s16(vld1q_s16(signs[0]), q_i16x8, kFirst);
+    sum_i16x8 = vmlaq_laneq_s16(sum_i16x8, vld1q_s16(signs[1]), q_i16x8, kFirst + 1);
+    sum_i16x8 = vmlaq_laneq_s16(sum_i16x8, vld1q_s16(signs[2]), q_i16x8, kFirst + 2);
+    const int16x8_t last_i16x8 = vdupq_laneq_s16(q_i16x8, kFirst + 3);
+    const int16x8_t first_half_i16x8 = vsubq_s16(sum_i16x8, last_i16x8);
+    const int16x8_t second_half_i16x8 = vaddq_s16(sum_i16x8, last_i16x8);
+    const int8x16_t low_i8x16 = vcombine_s8(vmovn_s16(first_half_i16x8), vmovn_s16(second_half_i16x8));
+    const int8x16_t high_i8x16 =
+        vcombine_s8(vshrn_n_s16(first_half_i16x8, kLowBits), vshrn_n_s16(second_half_i16x8, kLowBits));
+    vst1q_u8(table, vandq_u8(vreinterpretq_u8_s8(low_i8x16), vdupq_n_u8((1 << kLowBits) - 1)));
+    vst1q_u8(table + 16, vreinterpretq_u8_s8(high_i8x16));
 }
 
 void prepare_int8_neon(const TokenInput& in, uint8_t* token) {
-    const Int8Layout layout = int8_layout(in.k);
-    float* scales = reinterpret_cast<float*>(token + layout.scales_at);
-    int32_t* sums = reinterpret_cast<int32_t*>(token + layout.sums_at);
-    int8_t* q = reinterpret_cast<int8_t*>(token + layout.q_at);
-    GroupPadding padding;
-    float32x4_t offsets_f32x4[4];
-    for (int i = 0; i < 4; ++i) offsets_f32x4[i] = vdupq_n_f32(0.0f);
-    for (size_t group = 0; group < layout.groups; ++group, q += kGroupInputs) {
-        const GroupInput group_in = group_input(in, group * kGroupInputs, padding);
-        float32x4_t xs_f32x4[32];
-        uint32x4_t peak_u32x4 = vdupq_n_u32(0);
-        for (size_t i = 0; i < 32; ++i) {
-            offsets_f32x4[i % 4] = add_offsets(offsets_f32x4[i % 4], group_in, 4 * i);
-            xs_f32x4[i] = scaled_inputs(group_in, 4 * i);
-            peak_u32x4 = vmaxq_u32(peak_u32x4, vandq_u32(vreinterpretq_u32_f32(xs_f32x4[i]), vdupq_n_u32(0x7fffffffu)));
+    float* scales = reinterpret_cast<float*>(token + kTokenHeaderBytes);
+    uint8_t* tables = token + tables_at(in.k);
+    quantise(in, token, [=](size_t group, float scale, const int8x16_t q_i8x16[8], int32_t) {
+        scales[group] = scale;
+        uint8_t* table = tables + group * kGroupTableBytes;
+        for (size_t i = 0; i < 8; ++i, table += 4 * kTableBytes) {
+            const int16x8_t low_i16x8 = vmovl_s8(vget_low_s8(q_i8x16[i]));
+            const int16x8_t high_i16x8 = vmovl_high_s8(q_i8x16[i]);
+            store_table<0>(low_i16x8, table);
+            store_table<4>(low_i16x8, table + kTableBytes);
+            store_table<0>(high_i16x8, table + 2 * kTableBytes);
+            store_table<4>(high_i16x8, table + 3 * kTableBytes);
         }
-        const float scale = group_scale(vmaxvq_u32(peak_u32x4));
-        const float32x4_t scale_f32x4 = vdupq_n_f32(scale);
-        const int32x4_t usable_i32x4 = vdupq_n_s32(scale_is_usable(scale) ? -1 : 0);
-        int32x4_t sum_i32x4 = vdupq_n_s32(0);
-        int8x16_t q_i8x16[8];
-        for (size_t i = 0; i < 8; ++i) {
-            int32x4_t q_i32x4[4];
-            for (size_t j = 0; j < 4; ++j) {
-                const float32x4_t ratio_f32x4 = vdivq_f32(xs_f32x4[4 * i + j], scale_f32x4);
-                q_i32x4[j] = vandq_s32(vcvtnq_s32_f32(ratio_f32x4), usable_i32x4);  // rounds half to even
-                sum_i32x4 = vaddq_s32(sum_i32x4, q_i32x4[j]);
-            }
-            q_i8x16[i] = narrow(q_i32x4);
-        }
-        for (size_t t = 0; t < kGroupTiles; ++t) {
-            store_plane_order(q_i8x16[2 * t], q_i8x16[2 * t + 1], q + t * kTileInputs);
-        }
-        scales[group] = in.multiplier * scale;
-        sums[group] = vaddvq_s32(sum_i32x4);
-    }
-    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x4);
+    });
 }
 
-// total += d * (scale * float(2P - S)), every operation rounded on its own; `negative` is -P.
+// Looks 16 rows up in one table.
+struct ByteSums {
+    uint8x16_t low_u8x16;
+    int8x16_t high_i8x16;
+
+    void add(uint8x16_t low_table_u8x16, int8x16_t high_table_i8x16, uint8x16_t index_u8x16) {
+        low_u8x16 = vaddq_u8(low_u8x16, vqtbl1q_u8(low_table_u8x16, index_u8x16));
+        high_i8x16 = vaddq_s8(high_i8x16, vqtbl1q_s8(high_table_i8x16, index_u8x16));
+    }
+};
+
+// Sums of a group for 16 rows.
+struct GroupSums {
+    uint16x8_t low_u16x8[2];
+    int16x8_t high_i16x8[2];
+
+    void clear() {
+        for (int half = 0; half < 2; ++half) low_u16x8[half] = vdupq_n_u16(0), high_i16x8[half] = vdupq_n_s16(0);
+    }
+    void add(const ByteSums& sums) {
+        low_u16x8[0] = vaddw_u8(low_u16x8[0], vget_low_u8(sums.low_u8x16));
+        low_u16x8[1] = vaddw_high_u8(low_u16x8[1], sums.low_u8x16);
+        high_i16x8[0] = vaddw_s8(high_i16x8[0], vget_low_s8(sums.high_i8x16));
+        high_i16x8[1] = vaddw_high_s8(high_i16x8[1], sums.high_i8x16);
+    }
+    int16x8_t total(int half) const {
+        return vaddq_s16(vshlq_n_s16(high_i16x8[half], kLowBits), vreinterpretq_s16_u16(low_u16x8[half]));
+    }
+};
+
+// total += d * (scale * float(I)), every operation rounded on its own.
 float32x4_t add_group(const MultiplyArgs& a, size_t tile, size_t quarter, size_t group, float32x4_t total_f32x4,
-                      int32x4_t negative_i32x4, float scale, int32_t sum) {
-    const int32x4_t value_i32x4 = vsubq_s32(vnegq_s32(vshlq_n_s32(negative_i32x4, 1)), vdupq_n_s32(sum));
-    float32x4_t value_f32x4 = vmulq_f32(vdupq_n_f32(scale), vcvtq_f32_s32(value_i32x4));
+                      int16x4_t value_i16x4, float scale) {
+    float32x4_t value_f32x4 = vmulq_f32(vdupq_n_f32(scale), vcvtq_f32_s32(vmovl_s16(value_i16x4)));
     if (a.block_scales) value_f32x4 = vmulq_f32(block_scales(a, tile, quarter, group), value_f32x4);
     return vaddq_f32(total_f32x4, value_f32x4);
 }
 
-template <int kTokens>
-void tokens_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t first_token) {
-    constexpr int kChains = kTokens == 1 ? 2 : 1;  // one token has only 4 sums: two chains each hide sdot's latency
-    const uint8_t* tokens = a.tokens + first_token * a.token_stride_in_bytes;
-    const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
-    float32x4_t total_f32x4[kQuarters][kTokens];
-    for (size_t r = 0; r < kQuarters; ++r) {
-        for (int t = 0; t < kTokens; ++t) total_f32x4[r][t] = vdupq_n_f32(0.0f);
-    }
-    for (size_t group = 0; group < layout.groups; ++group) {
-        const size_t last = min_size((group + 1) * kGroupTiles, a.k_tiles);
-        int32x4_t acc_i32x4[kQuarters][kTokens * kChains];
-        for (size_t r = 0; r < kQuarters; ++r) {
-            for (int t = 0; t < kTokens * kChains; ++t) acc_i32x4[r][t] = vdupq_n_s32(0);
-        }
-        for (size_t k_tile = group * kGroupTiles; k_tile < last; ++k_tile) {
-            const uint8x16x4_t v_u8x16 = vld1q_u8_x4(bits + k_tile * kTileBytes);
-            for (int b = 0; b < 8; ++b) {
-                const uint8x16_t mask_u8x16 = vdupq_n_u8(static_cast<uint8_t>(1 << b));
-                int8x16_t plane_i8x16[kQuarters];
-                for (size_t r = 0; r < kQuarters; ++r) {
-                    plane_i8x16[r] = vreinterpretq_s8_u8(vtstq_u8(v_u8x16.val[r], mask_u8x16));
-                }
-                for (int t = 0; t < kTokens; ++t) {
-                    const uint8_t* q = tokens + t * a.token_stride_in_bytes + layout.q_at + k_tile * kTileInputs;
-                    const int32_t* quads = reinterpret_cast<const int32_t*>(q);
-                    const int8x16_t q_i8x16 = vreinterpretq_s8_s32(vld1q_dup_s32(quads + b));
-                    const int chain = kChains == 2 ? b % 2 : t;
-                    for (size_t r = 0; r < kQuarters; ++r) {
-                        acc_i32x4[r][chain] = vdotq_s32(acc_i32x4[r][chain], plane_i8x16[r], q_i8x16);
-                    }
-                }
-            }
-        }
-        for (int t = 0; t < kTokens; ++t) {
-            const uint8_t* token = tokens + t * a.token_stride_in_bytes;
-            const float scale = reinterpret_cast<const float*>(token + layout.scales_at)[group];
-            const int32_t sum = reinterpret_cast<const int32_t*>(token + layout.sums_at)[group];
-            for (size_t r = 0; r < kQuarters; ++r) {
-                int32x4_t negative_i32x4 = acc_i32x4[r][t];
-                if (kChains == 2) negative_i32x4 = vaddq_s32(negative_i32x4, acc_i32x4[r][kChains - 1]);
-                total_f32x4[r][t] = add_group(a, tile, r, group, total_f32x4[r][t], negative_i32x4, scale, sum);
-            }
-        }
-    }
-    for (int t = 0; t < kTokens; ++t) {
-        for (size_t r = 0; r < kQuarters; ++r) finish(a, first_token + t, tile, r, total_f32x4[r][t]);
-    }
-}
-
-void binary_matmul_int8_neon(const MultiplyArgs& a) {
-    const Int8Layout layout = int8_layout(a.k);
-    for (size_t tile = 0; tile < a.n_tiles; ++tile) {
-        size_t token = 0;
-        for (; token + 4 <= a.m; token += 4) tokens_int8<4>(a, layout, tile, token);
-        for (; token + 2 <= a.m; token += 2) tokens_int8<2>(a, layout, tile, token);
-        for (; token < a.m; ++token) tokens_int8<1>(a, layout, tile, token);
-    }
-}
-
-// --- fp32 level
-// -------------------------------------------------------------------------------------------------------
-
-size_t token_bytes_fp32_neon(size_t k) {
-    return kTokenHeaderBytes + ceil_div(k, kGroupInputs) * kGroupInputs * sizeof(float);
-}
-
-void prepare_fp32_neon(const TokenInput& in, uint8_t* token) {
-    float* xs = reinterpret_cast<float*>(token + kTokenHeaderBytes);
-    GroupPadding padding;
-    float32x4_t offsets_f32x4[4];
-    for (int i = 0; i < 4; ++i) offsets_f32x4[i] = vdupq_n_f32(0.0f);
-    for (size_t first = 0; first < in.k; first += kGroupInputs, xs += kGroupInputs) {
-        const GroupInput group_in = group_input(in, first, padding);
-        for (size_t i = 0; i < 32; ++i) {
-            offsets_f32x4[i % 4] = add_offsets(offsets_f32x4[i % 4], group_in, 4 * i);
-            vst1q_f32(xs + 4 * i, vmulq_n_f32(scaled_inputs(group_in, 4 * i), in.multiplier));
-        }
-    }
-    *offset_sum(token) = in.multiplier * sum_lanes(offsets_f32x4);
-}
-
-// The order of additions of one output does not depend on kTokens: inputs of a group, then groups.
-template <int kTokens>
-void tokens_fp32(const MultiplyArgs& a, size_t tile, size_t first_token) {
-    const uint8_t* tokens = a.tokens + first_token * a.token_stride_in_bytes;
-    const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
-    const uint32x4_t sign_u32x4 = vdupq_n_u32(0x80000000u);
-    const uint32x4_t one_u32x4 = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
-    float32x4_t total_f32x4[kQuarters][kTokens];
-    for (size_t r = 0; r < kQuarters; ++r) {
-        for (int t = 0; t < kTokens; ++t) total_f32x4[r][t] = vdupq_n_f32(0.0f);
+template <int kTiles>
+void tiles_int8(const MultiplyArgs& a, size_t first_tile, size_t token_index) {
+    const size_t tile_row_bytes = a.k_tiles * kTileBytes;
+    const uint8_t* bits = a.tiles + first_tile * tile_row_bytes;
+    const uint8_t* token = a.tokens + token_index * a.token_stride_in_bytes;
+    const float* scales = reinterpret_cast<const float*>(token + kTokenHeaderBytes);
+    const uint8_t* tables = token + tables_at(a.k);
+    const uint8x16_t low_half_u8x16 = vdupq_n_u8(15);
+    float32x4_t total_f32x4[kTiles][kQuarters];
+    for (int n = 0; n < kTiles; ++n) {
+        for (size_t r = 0; r < kQuarters; ++r) total_f32x4[n][r] = vdupq_n_f32(0.0f);
     }
     for (size_t group = 0; group * kGroupTiles < a.k_tiles; ++group) {
         const size_t last = min_size((group + 1) * kGroupTiles, a.k_tiles);
-        float32x4_t acc_f32x4[kQuarters][kTokens];
-        for (size_t r = 0; r < kQuarters; ++r) {
-            for (int t = 0; t < kTokens; ++t) acc_f32x4[r][t] = vdupq_n_f32(0.0f);
-        }
+        GroupSums group_sums[kTiles];
+        for (int n = 0; n < kTiles; ++n) group_sums[n].clear();
         for (size_t k_tile = group * kGroupTiles; k_tile < last; ++k_tile) {
-            uint32x4_t negative_u32x4[kQuarters];  // inverted bits: a set top bit is the float's minus sign
-            for (size_t r = 0; r < kQuarters; ++r) {
-                const uint8x16_t v_u8x16 = vld1q_u8(bits + k_tile * kTileBytes + r * 16);
-                negative_u32x4[r] = vmvnq_u32(vreinterpretq_u32_u8(v_u8x16));
+            const uint8_t* table = tables + k_tile * kTileTableBytes;
+            uint8x16x4_t columns_u8x16[kTiles];
+            ByteSums sums[kTiles];
+            for (int n = 0; n < kTiles; ++n) {
+                columns_u8x16[n] = vld4q_u8(bits + n * tile_row_bytes + k_tile * kTileBytes);
+                sums[n] = {vdupq_n_u8(0), vdupq_n_s8(0)};
             }
-            for (size_t i = 0; i < kTileInputs; ++i) {
-                const int32x4_t shift_i32x4 = vdupq_n_s32(static_cast<int32_t>(31 - i));
-                float32x4_t sign_f32x4[kQuarters];
-                for (size_t r = 0; r < kQuarters; ++r) {
-                    const uint32x4_t top_u32x4 = vshlq_u32(negative_u32x4[r], shift_i32x4);
-                    sign_f32x4[r] = vreinterpretq_f32_u32(vbslq_u32(sign_u32x4, top_u32x4, one_u32x4));
-                }
-                for (int t = 0; t < kTokens; ++t) {
-                    const uint8_t* token = tokens + t * a.token_stride_in_bytes + kTokenHeaderBytes;
-                    const float x = reinterpret_cast<const float*>(token)[k_tile * kTileInputs + i];
-                    for (size_t r = 0; r < kQuarters; ++r) {
-                        acc_f32x4[r][t] = vfmaq_n_f32(acc_f32x4[r][t], sign_f32x4[r], x);
-                    }
+            for (int j = 0; j < 4; ++j, table += 2 * kTableBytes) {
+                const uint8x16_t low0_u8x16 = vld1q_u8(table), low1_u8x16 = vld1q_u8(table + kTableBytes);
+                const int8x16_t high0_i8x16 = vreinterpretq_s8_u8(vld1q_u8(table + 16));
+                const int8x16_t high1_i8x16 = vreinterpretq_s8_u8(vld1q_u8(table + kTableBytes + 16));
+                for (int n = 0; n < kTiles; ++n) {
+                    const uint8x16_t column_u8x16 = columns_u8x16[n].val[j];
+                    sums[n].add(low0_u8x16, high0_i8x16, vandq_u8(column_u8x16, low_half_u8x16));
+                    sums[n].add(low1_u8x16, high1_i8x16, vshrq_n_u8(column_u8x16, 4));
                 }
             }
+            for (int n = 0; n < kTiles; ++n) group_sums[n].add(sums[n]);
         }
-        for (size_t r = 0; r < kQuarters; ++r) {
-            for (int t = 0; t < kTokens; ++t) {
-                float32x4_t value_f32x4 = acc_f32x4[r][t];
-                if (a.block_scales) value_f32x4 = vmulq_f32(block_scales(a, tile, r, group), value_f32x4);
-                total_f32x4[r][t] = vaddq_f32(total_f32x4[r][t], value_f32x4);
+        for (int n = 0; n < kTiles; ++n) {
+            for (size_t r = 0; r < kQuarters; ++r) {
+                const int16x8_t value_i16x8 = group_sums[n].total(static_cast<int>(r / 2));
+                const int16x4_t value_i16x4 = r % 2 ? vget_high_s16(value_i16x8) : vget_low_s16(value_i16x8);
+                total_f32x4[n][r] =
+                    add_group(a, first_tile + n, r, group, total_f32x4[n][r], value_i16x4, scales[group]);
             }
         }
     }
-    for (int t = 0; t < kTokens; ++t) {
-        for (size_t r = 0; r < kQuarters; ++r) finish(a, first_token + t, tile, r, total_f32x4[r][t]);
+    for (int n = 0; n < kTiles; ++n) {
+        for (size_t r = 0; r < kQuarters; ++r) finish(a, token_index, first_tile + n, r, total_f32x4[n][r]);
     }
 }
 
-void binary_matmul_fp32_neon(const MultiplyArgs& a) {
-    for (size_t tile = 0; tile < a.n_tiles; ++tile) {
-        size_t token = 0;
-        for (; token + 4 <= a.m; token += 4) tokens_fp32<4>(a, tile, token);
-        for (; token < a.m; ++token) tokens_fp32<1>(a, tile, token);
+// Tokens outside: the tables of one, up to 8 K bytes, stay in the cache for all its tiles.
+void binary_matmul_int8_neon(const MultiplyArgs& a) {
+    for (size_t token = 0; token < a.m; ++token) {
+        size_t tile = 0;
+        for (; tile + 2 <= a.n_tiles; tile += 2) tiles_int8<2>(a, tile, token);
+        for (; tile < a.n_tiles; ++tile) tiles_int8<1>(a, tile, token);
     }
 }
 
@@ -272,7 +167,7 @@ void binary_matmul_fp32_neon(const MultiplyArgs& a) {
 
 const BinaryKernels kBinaryNeon = {
     {token_bytes_fp32_neon, prepare_fp32_neon, binary_matmul_fp32_neon},
-    {int8_token_bytes, prepare_int8_neon, binary_matmul_int8_neon},
+    {token_bytes_int8_neon, prepare_int8_neon, binary_matmul_int8_neon},
 };
 
 }  // namespace fbiedge

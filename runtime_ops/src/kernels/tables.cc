@@ -16,7 +16,10 @@ const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActi
 const KernelTable kKernelsAvx512Vbmi = {"avx512vbmi", &kBinaryAvx512Vbmi, &kActivationsAvx512, &kAttentionAvx512Vnni,
                                         &kNBitsAvx512Vnni};
 #elif defined(FBIEDGE_ARM64)
-const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionScalar, &kNBitsNeon};
+const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionScalar, &kNBitsScalar};
+const KernelTable kKernelsNeonDotprod = {"neon_dotprod", &kBinaryNeonDotprod, &kActivationsNeon, &kAttentionScalar,
+                                         &kNBitsNeon};
+const KernelTable kKernelsNeonI8mm = {"neon_i8mm", &kBinaryNeonI8mm, &kActivationsNeon, &kAttentionScalar, &kNBitsNeon};
 #endif
 
 }  // namespace fbiedge

@@ -10,5 +10,7 @@ extern const KernelTable kKernelsAvx2;
 extern const KernelTable kKernelsAvx512Vnni;
 extern const KernelTable kKernelsAvx512Vbmi;
 extern const KernelTable kKernelsNeon;
+extern const KernelTable kKernelsNeonDotprod;
+extern const KernelTable kKernelsNeonI8mm;
 
 }  // namespace fbiedge
