@@ -86,18 +86,21 @@ bool NodeReader::is_constant(size_t index) const {
     return is_constant && value;
 }
 
-const void* NodeReader::constant(size_t index, ONNXTensorElementDataType type, const std::vector<int64_t>& dims,
-                                 bool* is_fp16) const {
+TensorView NodeReader::constant_view(size_t index) const {
     const std::string name = inputs_[index].name;
-    if (!has(index)) {
-        if (inputs_[index].optional) return nullptr;
-        fail(name + " is missing");
-    }
+    if (!has(index)) fail(name + " is missing");
     int is_constant = 0;
     const OrtValue* value = nullptr;
     check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
     if (!is_constant || !value) fail(name + " is computed, expected an initializer");
-    const TensorView tensor = view(api_, value);
+    return view(api_, value);
+}
+
+const void* NodeReader::constant(size_t index, ONNXTensorElementDataType type, const std::vector<int64_t>& dims,
+                                 bool* is_fp16) const {
+    const std::string name = inputs_[index].name;
+    if (!has(index) && inputs_[index].optional) return nullptr;
+    const TensorView tensor = constant_view(index);
     const bool fp16 = tensor.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     if (tensor.type != type && !(fp16 && is_fp16)) {
         const std::string also = is_fp16 ? " or " + type_name(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) : "";

@@ -38,6 +38,8 @@ class NodeReader {
     // allowed too, *is_fp16 says what it is.
     const void* constant(size_t index, ONNXTensorElementDataType type, const std::vector<int64_t>& dims,
                          bool* is_fp16 = nullptr) const;
+    // Any constant input; fails where it is absent or computed.
+    TensorView constant_view(size_t index) const;
     const float* constant_floats(size_t index, const std::vector<int64_t>& dims) const;
 
   private:

@@ -34,6 +34,7 @@ struct OpDefinition {
 extern const OpDefinition kBinaryMatMulOp;
 extern const OpDefinition kBinaryQkvOp;
 extern const OpDefinition kBinarySwigluOp;
+extern const OpDefinition kGroupQueryAttentionOp;
 extern const OpDefinition kMatMulNBitsOp;
 
 // --- for the operators' files

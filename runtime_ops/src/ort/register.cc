@@ -19,7 +19,8 @@ constexpr AccuracyLevel kFp32 = AccuracyLevel::kFp32;
 constexpr AccuracyLevel kInt8 = AccuracyLevel::kInt8;
 const char* const kAccuracyKey = "fbiedge.accuracy_level";
 
-const OpDefinition* const kDefinitions[] = {&kBinaryMatMulOp, &kBinaryQkvOp, &kBinarySwigluOp, &kMatMulNBitsOp};
+const OpDefinition* const kDefinitions[] = {&kBinaryMatMulOp, &kBinaryQkvOp, &kBinarySwigluOp, &kMatMulNBitsOp,
+                                            &kGroupQueryAttentionOp};
 
 // ONNX Runtime keeps pointers to the ops and their domain for as long as options and sessions live, and doesn't say
 // when that ends. So each of the few combinations is made once and kept: kernels x override x ONNX Runtimes in the
