@@ -13,6 +13,13 @@
 #include <stdint.h>
 #include <string.h>
 
+// For the small functions of inner loops: a call would put the registers that they share into memory.
+#if defined(_MSC_VER)
+#define FBIEDGE_ALWAYS_INLINE static __forceinline
+#else
+#define FBIEDGE_ALWAYS_INLINE static inline __attribute__((always_inline))
+#endif
+
 namespace fbiedge {
 
 constexpr size_t kTileRows = 16;
