@@ -1,16 +1,17 @@
-// Microbenchmark of the kernels, on one thread, without ONNX Runtime.
+// Microbenchmark of the kernels, without ONNX Runtime.
 //
 //   bench_binary_matmul                         shapes of FBI-LLM 130M, 1.3B and 7B
 //   bench_binary_matmul 1x768x768 128x2048x5632 shapes M x N x K
 //   bench_binary_matmul --file shapes.txt       one shape a line, # starts a comment
-//   options: --isa NAME, --level fp32|int8, --form column|row|single|block, --seconds S a line (0.3)
+//   options: --isa NAME, --level fp32|int8, --form column|row|single|block, --seconds S a line (0.3), --threads T (1)
 //
 // GB/s counts packed weight bytes (N * K / 8), GMAC/s multiply-accumulates (M * N * K), both of the fastest of the
 // runs: on a shared machine the slower ones measure the neighbours. Each run takes another copy of the weights, so that
 // decode reads from memory as it does in a model: copies add up to --megabytes (128). The last line is JSON.
 // The limit of decode (M = 1) is what a plain loop reads from those same copies, just before and after; the limit of
 // more tokens at the int8 level is the throughput of the ISA's multiplying instruction (limits.h). fp32 has none here:
-// its kernels look sums up instead of multiplying.
+// its kernels look sums up instead of multiplying. With --threads, each thread prepares the tokens for itself and
+// computes its part of the outputs, and reading is measured with as many.
 
 #include <algorithm>
 #include <chrono>
@@ -37,6 +38,7 @@ struct Options {
     int form = FBIEDGE_COLUMN;
     double seconds = 0.3;
     double megabytes = 128;
+    size_t threads = 1;
 };
 
 struct Result {
@@ -101,6 +103,8 @@ Options parse_options(int argc, char** argv) {
             options.seconds = std::atof(value.c_str());
         } else if (name == "--megabytes") {
             options.megabytes = std::atof(value.c_str());
+        } else if (name == "--threads") {
+            options.threads = static_cast<size_t>(std::max(std::atoi(value.c_str()), 1));
         } else if (name == "--form") {
             options.form = -1;
             for (int form = 0; form < 4; ++form) options.form = value == forms[form] ? form : options.form;
@@ -120,16 +124,22 @@ Options parse_options(int argc, char** argv) {
     return options;
 }
 
-Result measure(const char* isa, int level, const Shape& shape, const Options& options, double peak) {
+// A cache line, as tensors of a model file and of ONNX Runtime start on one.
+struct alignas(64) Line {
+    uint8_t bytes[64];
+};
+
+Result measure(const char* isa, int level, const Shape& shape, const Options& options, double peak, Team& team) {
     std::mt19937 generator(1);
     std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
     const size_t bytes = fbiedge_packed_bytes(shape.n, shape.k);
     if (!bytes) fail("shape out of range");
     const size_t copies = shape.m > 1 ? 1 : static_cast<size_t>(options.megabytes * 1e6 / double(bytes)) + 1;
-    std::vector<uint8_t> tiles(bytes * copies);
-    for (size_t at = 0; at < tiles.size(); at += sizeof(uint32_t)) {  // a matrix is a multiple of 64 bytes
+    std::vector<Line> lines(bytes / sizeof(Line) * copies);  // a matrix is a multiple of 64 bytes
+    uint8_t* const tiles = lines[0].bytes;
+    for (size_t at = 0; at < bytes * copies; at += sizeof(uint32_t)) {
         const auto bits = static_cast<uint32_t>(generator());
-        std::memcpy(tiles.data() + at, &bits, sizeof bits);
+        std::memcpy(tiles + at, &bits, sizeof bits);
     }
     std::vector<float> a(shape.m * shape.k), y(shape.m * shape.n);
     for (float& value : a) value = uniform(generator);
@@ -149,19 +159,30 @@ Result measure(const char* isa, int level, const Shape& shape, const Options& op
     args.offsets = options.form == FBIEDGE_BLOCK ? nullptr : scales.data();
     args.y = y.data();
     Result result = {isa, level, shape, 1e30, 0};
-    const auto read_limit = [&] { return read_gigabytes_per_second(tiles.data(), tiles.size()); };
+    const auto read_limit = [&] { return read_gigabytes_per_second(tiles, bytes * copies, team); };
     if (shape.m == 1) {
         result.limit = read_limit();
     } else if (level == FBIEDGE_INT8) {
-        result.limit = peak;
+        result.limit = peak * double(team.size());
     }
+    // Thread i computes outputs i * rows ... , whole tiles; y has a column block for each, one after the other.
+    const size_t rows = ((shape.n + team.size() - 1) / team.size() + 15) / 16 * 16;
+    const size_t row_bytes = bytes / ((shape.n + 15) / 16) / 16;
+    const auto compute = [&](const uint8_t* matrix, size_t thread) {
+        if (thread * rows >= shape.n) return;
+        fbiedge_matmul_args part = args;
+        part.n = std::min(rows, shape.n - thread * rows);
+        part.b = matrix + thread * rows * row_bytes;
+        part.y = y.data() + thread * rows * shape.m;
+        if (const int status = fbiedge_matmul(&part)) fail(fbiedge_status_message(status));
+    };
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
     for (size_t run = 0; run < 2 || std::chrono::duration<double>(Clock::now() - start).count() < options.seconds;
          ++run) {
-        args.b = tiles.data() + run % copies * bytes;
+        const uint8_t* matrix = tiles + run % copies * bytes;
         const auto before = Clock::now();
-        if (const int status = fbiedge_matmul(&args)) fail(fbiedge_status_message(status));
+        team.run([&](size_t thread) { compute(matrix, thread); });
         const double seconds = std::chrono::duration<double>(Clock::now() - before).count();
         if (seconds < result.seconds) result.seconds = seconds;
     }
@@ -173,6 +194,7 @@ Result measure(const char* isa, int level, const Shape& shape, const Options& op
 
 int main(int argc, char** argv) {
     const Options options = parse_options(argc, argv);
+    Team team(options.threads);
     std::vector<Result> results;
     std::printf("%-12s %-5s %6s %6s %6s %12s %8s %9s %13s %5s\n", "kernel", "level", "M", "N", "K", "microseconds",
                 "GB/s", "GMAC/s", "limit", "share");
@@ -185,7 +207,7 @@ int main(int argc, char** argv) {
         for (const int level : {FBIEDGE_INT8, FBIEDGE_FP32}) {
             if (!options.level.empty() && options.level != level_name(level)) continue;
             for (const Shape& shape : options.shapes) {
-                const Result r = measure(isa, level, shape, options, peak);
+                const Result r = measure(isa, level, shape, options, peak, team);
                 std::printf("%-12s %-5s %6zu %6zu %6zu %12.1f %8.2f %9.1f", isa, level_name(level), shape.m, shape.n,
                             shape.k, r.seconds * 1e6, r.gigabytes_per_second(), r.gmacs_per_second());
                 if (r.limit > 0) {
@@ -199,7 +221,7 @@ int main(int argc, char** argv) {
         }
     }
     if (results.empty()) fail("kernel '" + options.isa + "' doesn't run here");
-    std::printf("{\"version\": \"%s\", \"results\": [", fbiedge_version());
+    std::printf("{\"version\": \"%s\", \"threads\": %zu, \"results\": [", fbiedge_version(), team.size());
     for (size_t i = 0; i < results.size(); ++i) {
         const Result& r = results[i];
         std::printf(

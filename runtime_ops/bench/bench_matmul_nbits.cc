@@ -108,7 +108,8 @@ Result measure(const KernelTable& table, AccuracyLevel level, unsigned bits, con
     }
     std::vector<float> x(shape.m * shape.k), y(shape.m * shape.n);
     for (float& value : x) value = static_cast<float>(generator()) / 4e9f - 0.5f;
-    const auto read_limit = [&] { return read_gigabytes_per_second(first, bytes * copies); };
+    Team alone(1);
+    const auto read_limit = [&] { return read_gigabytes_per_second(first, bytes * copies, alone); };
     if (result.reads()) {
         result.limit = read_limit();
     } else if (level == AccuracyLevel::kInt8) {

@@ -125,26 +125,30 @@ double best_gmacs(double (*rounds)(), int chains, int macs) {
     return double(kRounds) * chains * macs / 1e9 / best;
 }
 
+void read_all(const uint8_t* data, size_t bytes) {
+    constexpr size_t kWords = 32;  // 256 bytes a step
+    uint64_t gathered[kWords] = {};
+    for (size_t at = 0; at + sizeof gathered <= bytes; at += sizeof gathered) {
+        uint64_t words[kWords];
+        std::memcpy(words, data + at, sizeof words);
+        for (size_t w = 0; w < kWords; ++w) gathered[w] |= words[w];
+    }
+    uint64_t all = 0;
+    for (const uint64_t word : gathered) all |= word;
+    sink = all;
+}
+
 }  // namespace
 
-double read_gigabytes_per_second(const uint8_t* data, size_t bytes) {
-    constexpr size_t kWords = 32;  // 256 bytes a step
+double read_gigabytes_per_second(const uint8_t* data, size_t bytes, Team& team) {
     double best = 0.0;
+    const size_t slice = std::min(kSliceBytes, bytes);
+    const size_t part = slice / team.size();
     for (int i = 0; i < kReadRepetitions; ++i) {
-        for (size_t first = 0; first < bytes; first += kSliceBytes) {
-            const size_t end = std::min(first + kSliceBytes, bytes);
-            uint64_t gathered[kWords] = {};
+        for (size_t first = 0; first + slice <= bytes; first += slice) {
             const auto start = std::chrono::steady_clock::now();
-            for (size_t at = first; at + sizeof gathered <= end; at += sizeof gathered) {
-                uint64_t words[kWords];
-                std::memcpy(words, data + at, sizeof words);
-                for (size_t w = 0; w < kWords; ++w) gathered[w] |= words[w];
-            }
-            const double seconds = seconds_since(start);
-            uint64_t all = 0;
-            for (const uint64_t word : gathered) all |= word;
-            sink = all;
-            if (end - first == std::min(kSliceBytes, bytes)) best = std::max(best, double(end - first) / 1e9 / seconds);
+            team.run([&](size_t thread) { read_all(data + first + thread * part, part); });
+            best = std::max(best, double(part * team.size()) / 1e9 / seconds_since(start));
         }
     }
     return best;
