@@ -19,12 +19,12 @@ namespace fbiedge {
 namespace {
 
 constexpr size_t kHalfRows = 8;
-constexpr size_t kHalfBytes = 32;        // of a plane
-constexpr size_t kPrefetchBytes = 2048;  // ahead of what is read; the hardware prefetcher stops at every page
+constexpr size_t kHalfBytes = 32;  // of a plane
 
+// Asks for all of a group before its first byte is used; see matmul_nbits_avx512vnni.cc.
 void prefetch_group(const uint8_t* group, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(group + kPrefetchBytes + at), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(group + at), _MM_HINT_T0);
     }
 }
 

