@@ -16,11 +16,13 @@ namespace fbiedge {
 namespace {
 
 // Asks for all of a group before its first byte is used: more cache lines on their way than the out-of-order window and
-// the hardware prefetcher, which stops at every page, would have. Decode from memory on one Zen 4 core with AVX-512: no
-// prefetch 18 to 22 GB/s, 0.25 to 8 KB ahead 15 to 24, this 24 to 26, as a plain loop that reads.
+// the hardware prefetcher, which stops at every page, would have. Decode from memory on one Zen 4 core: no prefetch 18
+// to 22 GB/s, 0.25 to 8 KB ahead 15 to 24, this 21 to 26 beside 24 to 26 of a plain loop that reads. Non-temporal,
+// because a head is read once a token and as large as the last-level cache: it should not displace the layers (130M,
+// one thread, twice each: int8 head 266 and 285 -> 312 and 282 tok/s, 4 bits 289 and 347 -> 389 and 453).
 void prefetch_group(const uint8_t* group, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(group + at), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(group + at), _MM_HINT_NTA);
     }
 }
 
@@ -286,7 +288,7 @@ void tokens_fp32(const NBitsMultiplyArgs& a, size_t tile, size_t first_token) {
         total_f32x16[t] = _mm512_setzero_ps();
     }
     for (size_t g = 0; g < a.groups; ++g, group += kGroupBytes) {
-        prefetch_group(group, kGroupBytes);
+        if (a.m <= kGemmTokens) prefetch_group(group, kGroupBytes);  // more tokens read the tile again
         for (size_t block = 0; block < kNBitsGroupBlocks; ++block) {
             const uint8_t* lines = group + kNBitsScaleBytes + block * kBlockLines * kNBitsPlaneBytes;
             size_t at = (g * kNBitsGroupBlocks + block) * kNBitsBlockInputs;
