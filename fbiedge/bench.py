@@ -35,6 +35,7 @@ from .config import ModelConfig
 from .cpu import default_threads
 from .errors import FbiEdgeError, UsageError
 from .inspection import Inspection, inspect
+from .kv_cache import cache_bytes
 from .machine import Machine, describe_machine, memory_bytes
 from .model_file import ModelFile
 
@@ -166,11 +167,6 @@ def weight_bytes_per_token(inspection: Inspection) -> int:
     return sum(group.bytes // rows.get(group.group, 1) for group in inspection.groups)
 
 
-def kv_cache_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of keys and values (float32) of `tokens` tokens."""
-    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
-
-
 def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
     """Measure the model at `path`; the last event is the report. Raises UsageError, ModelFileError and what a worker met."""
     model = ModelFile.open(path)
@@ -209,7 +205,7 @@ def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
     started = workers[0].started
     weights = weight_bytes_per_token(inspect(model.path)) if started["isa"] else None
     measurements = [
-        _measurement(model.config, options, *entry, worker.started, samples, peak, weights, bandwidth[entry[0]])
+        _measurement(model, options, *entry, worker.started, samples, peak, weights, bandwidth[entry[0]])
         for entry, worker, samples, peak in zip(plan, workers, seconds, peaks, strict=True)
     ]
     yield BenchReport(
@@ -227,7 +223,7 @@ def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
 
 
 def _measurement(
-    config: ModelConfig,
+    model: ModelFile,
     options: BenchOptions,
     threads: int,
     kind: str,
@@ -252,7 +248,7 @@ def _measurement(
         share_of_bandwidth=None
         if gigabytes is None
         else gigabytes / (bandwidth.mapped_file or bandwidth.memory).median,
-        kv_cache_bytes=kv_cache_bytes(config, depth + tokens // 2),
+        kv_cache_bytes=cache_bytes(model.config, model.kv_cache, depth + tokens // 2),
         peak_rss_bytes=peak,
         load_seconds=started["load_seconds"],
         first_token_seconds=started["first_token_seconds"],

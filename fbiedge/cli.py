@@ -223,6 +223,9 @@ def export(
     accuracy_level: Annotated[str, typer.Option(help="activations: int8 or fp32")] = "int8",
     head: Annotated[str, typer.Option(help="lm_head: int8, int4 or fp32")] = "int8",
     embedding: Annotated[str, typer.Option(help="embedding: fp32 or fp16")] = "fp32",
+    kv_cache: Annotated[
+        str | None, typer.Option(help="keys and values: int8 or fp32; default: int8 where the heads allow it")
+    ] = None,
     verify_text: Annotated[
         Path | None, typer.Option(help="text to measure the loss on; default: a built-in one")
     ] = None,
@@ -252,7 +255,7 @@ def export(
     ids = exporter.default_text_ids(weights, text)
     with terminal.progress_bar("exporting") as update:
         report = exporter.export_onnx(
-            weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding,
+            weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding, kv_cache=kv_cache,
             progress=lambda _name, done, total: update(done, total), verify_on=ids,
         )  # fmt: skip
     terminal.print_export(report)

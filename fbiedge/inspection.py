@@ -93,6 +93,7 @@ def _inspect_onnx(model: ModelFile) -> Inspection:
             "scale form": model.config.scaling_pattern,
             "accuracy level": model.accuracy_level,
             "head": model.metadata.get("head", "unknown"),
+            "kv cache": model.kv_cache,
             "format version": model.metadata["format_version"],
             "producer": model.metadata.get("producer", "unknown"),
             **{f"metadata {key}": size for key, size in sizes.items()},

@@ -84,6 +84,11 @@ class ModelFile:
         """The accuracy level the file asks for: `int8` or `fp32`."""
         return self.metadata.get("accuracy_level", "int8")
 
+    @property
+    def kv_cache(self) -> str:
+        """How the file holds keys and values: `int8` or `fp32`."""
+        return self.metadata.get("kv_cache", "fp32")
+
     def json(self, key: str) -> Any:
         """The JSON under metadata `key`, or None where the file has none. Raises ModelFileError."""
         text = self.metadata.get(key)

@@ -4,19 +4,14 @@
     logits = session.forward([1, 15043])        # [vocab], for the token after the last
     session.truncate(1)                         # forget all but the first token
 
-The cache is one buffer [1, kv_heads, capacity, head_size] for each layer's keys and values, bound as past and as present:
-GroupQueryAttention then writes the new rows where they belong and copies nothing. A position is valid up to
-`session.position`, so going back is free. Inputs and outputs are bound once; between two decoded tokens only the length
-of the attention mask changes. The buffers are zero pages until written, so a large context costs what is used of it.
+The cache (kv_cache.py) is bound as past and as present: GroupQueryAttention then writes the new rows where they belong and
+copies nothing. A position is valid up to `session.position`, so going back is free. Inputs and outputs are bound once;
+between two decoded tokens only the length of the attention mask changes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +23,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from .config import ModelConfig
 from .cpu import default_threads
 from .errors import ModelFileError, OpLibraryError, UsageError
+from .kv_cache import KVCache, precision_of
 from .model_file import ModelFile
 
 ACCURACY_LEVELS = ("int8", "fp32")
@@ -184,29 +180,17 @@ class Session:
 
     def _bind(self) -> None:
         config = self.config
-        shape = (1, config.num_key_value_heads, self.capacity, config.head_dim)
         self._input_ids = np.zeros((1, CHUNK), np.int64)
         self._attention_mask = np.zeros((1, self.capacity), np.int64)  # ones as far as it was ever read
         self._logits = np.zeros((1, 1, config.vocab_size), np.float32)
-        self._kv_cache: list[npt.NDArray[np.float32]] = []
         self._binding = self._onnx.io_binding()
         names = {entry.name for entry in self._onnx.get_inputs()} | {entry.name for entry in self._onnx.get_outputs()}
-        for layer in range(config.num_hidden_layers):
-            for part in ("key", "value"):
-                past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
-                if past not in names or present not in names:
-                    raise ModelFileError(f"{self.model.path} has no {past} or {present}; export it again")
-                try:
-                    buffer = _zeros(shape)
-                except (MemoryError, OSError, OverflowError, ValueError) as error:
-                    total = 2 * config.num_hidden_layers * 4 * math.prod(shape)
-                    raise UsageError(
-                        f"a context of {self.capacity} tokens takes {total / 1e9:.1f} GB, more than there is memory; "
-                        "choose a smaller one with --context"
-                    ) from error
-                self._kv_cache.append(buffer)
-                self._binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-                self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        self._kv_cache = KVCache(config, precision_of(names), self.capacity)
+        for name in self._kv_cache.buffers:
+            past, present = f"past_key_values.{name}", f"present.{name}"
+            if past not in names or present not in names:
+                raise ModelFileError(f"{self.model.path} has no {past} or {present}; export it again")
+        self._kv_cache.bind(self._binding)
         if "logits_to_keep" not in {entry.name for entry in self._onnx.get_overridable_initializers()}:
             raise ModelFileError(f"{self.model.path} has no logits_to_keep; export it again")
         self._keep = np.zeros(1, np.int64)
@@ -265,23 +249,6 @@ def _register_op_library(options: Any) -> str:
             f"ONNX Runtime {ort.__version__} refuses the op library {path}: {_first_line(error)}"
         ) from error
     return ops_library.active_isa()
-
-
-def _zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Zeros in small pages of their own, each of which takes memory when it is first written.
-
-    Not np.zeros: NumPy asks Linux for huge pages, and as every head's rows lie in one, the first token would touch
-    nearly the whole cache (1.3B: 0.8 GB and 1.7 s).
-    """
-    size = math.prod(shape) * 4
-    if sys.platform == "win32":
-        pages = mmap.mmap(-1, size)
-    else:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, np.float32).reshape(shape)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,11 +17,12 @@ from fbiedge.files import require_utf8
 from fbiedge.weights import Weights
 
 from .fallback import DOMAIN, OPSET, binary_matmul_function
+from .fallback_attention import attention_function
 from .fallback_fused import binary_qkv_function, binary_swiglu_function
 from .fallback_head import matmul_nbits_function
 from .graph import CONTRIB, build_graph
 from .metadata import make_metadata
-from .options import HEAD_BITS, AccuracyLevel, ExportOptions, Head, Storage
+from .options import HEAD_BITS, AccuracyLevel, ExportOptions, Head, KVCache, Storage
 from .plan import Losses, inventory, plan_tensors
 from .reader import OnnxWeights
 from .verify import VerifyReport, check_export
@@ -52,6 +53,7 @@ def export_onnx(
     head: Head = "int8",
     embedding: Storage = "fp32",
     block_scales: Storage = "fp16",
+    kv_cache: KVCache | None = None,
     embed_limit_bytes: int = EMBED_LIMIT_BYTES,
     progress: Progress | None = None,
     verify_on: Sequence[int] | None = None,
@@ -67,7 +69,9 @@ def export_onnx(
     out = Path(out)
     require_utf8(out, OutputError)
     _refuse_source(weights, out)
-    options = ExportOptions(accuracy_level=accuracy_level, head=head, embedding=embedding, block_scales=block_scales)
+    options = ExportOptions(
+        accuracy_level=accuracy_level, head=head, embedding=embedding, block_scales=block_scales, kv_cache=kv_cache
+    )
     losses = Losses()
     sources = list(plan_tensors(weights, options, losses))
     rows = inventory([spec for source in sources for spec in source.specs])
@@ -108,8 +112,10 @@ def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
         functions = [binary_qkv_function(form), binary_swiglu_function(form), binary_matmul_function(form, bias=True)]
     if binary and options.head != "fp32":
         functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
+    if options.cache(config) == "int8":
+        functions.append(attention_function())
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    if binary:
+    if functions:
         opsets.append(helper.make_opsetid(DOMAIN, 1))
     model: ModelProto = helper.make_model(
         build_graph(config, options),

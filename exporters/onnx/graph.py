@@ -3,6 +3,8 @@
 Inputs and outputs have onnxruntime-genai's names. Keys and values stay in place when one buffer of maximal length is
 bound as past and present of a layer. `logits_to_keep` (an input with a default, named as in transformers) says for how
 many of the last positions logits are computed; 0, the default, is all. A prompt needs one row, perplexity needs all.
+With an int8 cache there are also past_key_values.{i}.key_scale and .value_scale, present.{i}.key_scale and .value_scale:
+a scale for each row.
 
     x = embedding[input_ids]
     per layer:  x += o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
@@ -26,16 +28,16 @@ from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.errors import UsageError
 
 from .fallback import DOMAIN, OP_TYPE
+from .fallback_attention import OP_TYPE as ATTENTION
 from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
-from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions
+from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions, fused_rope
 
 CONTRIB = "com.microsoft"
 KEEP = "logits_to_keep"
 
 # GroupQueryAttention rejects other head sizes when it runs (ONNX Runtime 1.18 to 1.31).
 _HEAD_DIM_MULTIPLE = 8
-_FUSED_ROPE_MULTIPLE = 16
 
 
 def build_graph(config: ModelConfig, options: ExportOptions, *, fused: bool = True) -> GraphProto:
@@ -55,29 +57,35 @@ def build_graph(config: ModelConfig, options: ExportOptions, *, fused: bool = Tr
     for layer in range(config.num_hidden_layers):
         add_layer(layer)
     builder.head()
-    return helper.make_graph(builder.nodes, "fbiedge", _inputs(config), _outputs(config), initializer=builder.constants)
+    int8 = options.cache(config) == "int8"
+    inputs, outputs = _inputs(config, int8), _outputs(config, int8)
+    return helper.make_graph(builder.nodes, "fbiedge", inputs, outputs, initializer=builder.constants)
 
 
-def _inputs(config: ModelConfig) -> list[ValueInfoProto]:
+def _inputs(config: ModelConfig, int8: bool) -> list[ValueInfoProto]:
     infos = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence_length"]),
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total_sequence_length"]),
     ]
-    infos += _cache_infos(config, "past_key_values", "past_sequence_length")
+    infos += _cache_infos(config, int8, "past_key_values", "past_sequence_length")
     return [*infos, helper.make_tensor_value_info(KEEP, TensorProto.INT64, [1])]
 
 
-def _outputs(config: ModelConfig) -> list[ValueInfoProto]:
+def _outputs(config: ModelConfig, int8: bool) -> list[ValueInfoProto]:
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "logits_length", config.vocab_size])
-    return [logits, *_cache_infos(config, "present", "present_sequence_length")]
+    return [logits, *_cache_infos(config, int8, "present", "present_sequence_length")]
 
 
-def _cache_infos(config: ModelConfig, prefix: str, length: str) -> list[ValueInfoProto]:
-    shape: list[str | int | None] = ["batch", config.num_key_value_heads, length, config.head_dim]
+def _cache_infos(config: ModelConfig, int8: bool, prefix: str, length: str) -> list[ValueInfoProto]:
+    rows: list[str | int | None] = ["batch", config.num_key_value_heads, length]
+    numbers = (TensorProto.INT8 if int8 else TensorProto.FLOAT, [*rows, config.head_dim])
+    parts = {"key": numbers, "value": numbers}
+    if int8:
+        parts |= {"key_scale": (TensorProto.FLOAT, rows), "value_scale": (TensorProto.FLOAT, rows)}
     return [
-        helper.make_tensor_value_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)
+        helper.make_tensor_value_info(f"{prefix}.{layer}.{part}", dtype, shape)
         for layer in range(config.num_hidden_layers)
-        for part in ("key", "value")
+        for part, (dtype, shape) in parts.items()
     ]
 
 
@@ -89,7 +97,7 @@ class _Builder:
         self.options = options
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
-        self.fused_rope = config.head_dim % _FUSED_ROPE_MULTIPLE == 0
+        self.fused_rope = fused_rope(config)
         self.residual = ""  # sum of all blocks so far
         self.pending = ""  # output of the last block, to be added to the residual by the next norm
 
@@ -223,6 +231,9 @@ class _Builder:
 
     def attention(self, name: str, index: int, q: str, k: str = "", v: str = "") -> str:
         """`q` alone is q, k and v side by side, which needs a fused rope."""
+        if self.options.cache(self.config) == "int8":
+            packed = self.node("Concat", f"{name}.qkv", [q, k, v], axis=-1) if k else q
+            return self.int8_attention(name, index, packed)
         inputs = ["lengths.last_int32", "lengths.total_int32"]
         if self.fused_rope:
             inputs += ["rope.cos", "rope.sin"]
@@ -239,6 +250,20 @@ class _Builder:
             kv_num_heads=self.config.num_key_value_heads,
             do_rotary=int(self.fused_rope),
             rotary_interleaved=0,
+            scale=self.config.head_dim**-0.5,
+        )
+
+    def int8_attention(self, name: str, index: int, qkv: str) -> str:
+        parts = ("key", "value", "key_scale", "value_scale")
+        past = [f"past_key_values.{index}.{part}" for part in parts]
+        return self.node(
+            ATTENTION,
+            f"{name}.attention",
+            [qkv, *past, "lengths.last_int32", "lengths.total_int32", "rope.cos", "rope.sin"],
+            [f"{name}.attention", *(f"present.{index}.{part}" for part in parts)],
+            DOMAIN,
+            num_heads=self.config.num_attention_heads,
+            kv_num_heads=self.config.num_key_value_heads,
             scale=self.config.head_dim**-0.5,
         )
 

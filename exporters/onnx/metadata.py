@@ -11,6 +11,7 @@ fbiedge.chat_template       Jinja text, from chat_template.jinja or tokenizer_co
 fbiedge.accuracy_level      "int8" | "fp32"
 fbiedge.head                "int8" | "int4" | "fp32"
 fbiedge.head_operator       "fbiedge" | "stock", whose MatMul or MatMulNBits computes it  (absent in old files: stock)
+fbiedge.kv_cache            "int8" | "fp32"                                   (absent in older files: fp32)
 fbiedge.inventory           JSON, see plan.inventory
 """
 
@@ -48,6 +49,7 @@ def make_metadata(
         "fbiedge.config": json.dumps(config.to_dict(), indent=2),
         "fbiedge.accuracy_level": options.accuracy_level,
         "fbiedge.head": options.head,
+        "fbiedge.kv_cache": options.cache(config),
         "fbiedge.head_operator": "fbiedge" if options.head != "fp32" and options.ours(config) else "stock",
         "fbiedge.inventory": json.dumps(list(inventory)),
     }

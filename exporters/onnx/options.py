@@ -10,8 +10,13 @@ from fbiedge.errors import UsageError
 
 AccuracyLevel = Literal["int8", "fp32"]
 Head = Literal["int8", "int4", "fp32"]
+KVCache = Literal["int8", "fp32"]
 Operators = Literal["fbiedge", "stock"]
 Storage = Literal["fp32", "fp16"]
+
+# The rotation of ONNX Runtime's GroupQueryAttention takes no other head sizes, and ours none above.
+_FUSED_ROPE_MULTIPLE = 16
+_LARGEST_HEAD_DIM = 256
 
 # ORT's MatMulNBits and our BinaryMatMul number their levels alike.
 ACCURACY_LEVELS: dict[AccuracyLevel, int] = {"fp32": 1, "int8": 4}
@@ -26,6 +31,7 @@ class ExportOptions:
     head: Head = "int8"
     embedding: Storage = "fp32"
     block_scales: Storage = "fp16"  # scales of pattern `block`; Q1_0 holds fp16 too
+    kv_cache: KVCache | None = None  # None: int8 where the graph is of our operators and the heads allow it
     operators: Operators = "fbiedge"  # stock: ONNX Runtime's own wherever they can hold the same, as in peers of ours
 
     def __post_init__(self) -> None:
@@ -35,11 +41,27 @@ class ExportOptions:
             ("embedding", Storage),
             ("block_scales", Storage),
             ("operators", Operators),
+            *([("kv_cache", KVCache)] if self.kv_cache is not None else []),
         ):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise UsageError(f"{name} is {value!r}, expected one of {', '.join(get_args(allowed))}")
 
+    def cache(self, config: ModelConfig) -> KVCache:
+        """How the graph holds keys and values. Raises UsageError where int8 was asked for and can't be."""
+        fits = fused_rope(config) and config.head_dim <= _LARGEST_HEAD_DIM
+        if self.kv_cache == "int8" and not fits:
+            raise UsageError(
+                f"head_dim is {config.head_dim}, but a KV cache of int8 takes multiples of {_FUSED_ROPE_MULTIPLE} up to "
+                f"{_LARGEST_HEAD_DIM} only; export with --kv-cache fp32"
+            )
+        return self.kv_cache or ("int8" if fits and self.ours(config) else "fp32")
+
     def ours(self, config: ModelConfig) -> bool:
         """Whether the graph is made of our operators where we have one; an ordinary Llama is made of stock ones."""
         return self.operators == "fbiedge" and config.scaling_pattern != "none"
+
+
+def fused_rope(config: ModelConfig) -> bool:
+    """Whether attention can rotate queries and keys itself."""
+    return config.head_dim % _FUSED_ROPE_MULTIPLE == 0

@@ -66,7 +66,7 @@ def verify_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) ->
         raise UsageError("verification needs at least one token; give a text that isn't empty")
     resident = 4 * parameters <= RESIDENT_LIMIT_BYTES
     expected = Reference(weights, resident=resident).logits(ids)
-    got, fallback_reason = _onnx_logits(config, Path(onnx_path), ids)
+    got, fallback_reason = _onnx_logits(Path(onnx_path), ids)
     loss = compare_logits(expected, got)
     engine = "the op library" if fallback_reason is None else f"the stock-operator fallback ({fallback_reason})"
     cut = f", cut from {len(text_ids)} tokens" if len(ids) < len(text_ids) else ""
@@ -118,7 +118,7 @@ def _matrix_parameters(config: ModelConfig) -> int:
     return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
 
 
-def _onnx_logits(config: ModelConfig, path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], str | None]:
+def _onnx_logits(path: Path, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], str | None]:
     """Logits [T, vocab] of one prefill, and why the op library did not run, None where it did."""
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -129,19 +129,25 @@ def _onnx_logits(config: ModelConfig, path: Path, ids: Sequence[int]) -> tuple[n
         _register_library(options)
     except OpLibraryError as error:
         fallback_reason = str(error)
-    empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
     feeds: dict[str, npt.NDArray[Any]] = {
         "input_ids": np.array([ids], np.int64),
         "attention_mask": np.ones((1, len(ids)), np.int64),
     }
-    for layer in range(config.num_hidden_layers):
-        feeds[f"past_key_values.{layer}.key"] = feeds[f"past_key_values.{layer}.value"] = empty
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        feeds |= {
+            entry.name: _empty(entry) for entry in session.get_inputs() if entry.name.startswith("past_key_values")
+        }
         (logits,) = session.run(["logits"], feeds)
     except Exception as error:  # ONNX Runtime's exceptions share no other base
         raise ModelFileError(f"ONNX Runtime refuses {path}: {_first_line(error)}") from error
     return logits[0], fallback_reason
+
+
+def _empty(entry: Any) -> npt.NDArray[Any]:
+    """A cache of no rows for one input of the model."""
+    shape = [1, *(dim if isinstance(dim, int) else 0 for dim in entry.shape[1:])]
+    return np.zeros(shape, np.int8 if entry.type == "tensor(int8)" else np.float32)
 
 
 def _register_library(options: Any) -> None:

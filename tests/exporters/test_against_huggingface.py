@@ -43,7 +43,7 @@ def test_fp32_level_equals_hugging_face(
 ) -> None:
     weights = make_weights(small_config(pattern, head_dim=16, num_key_value_heads=kv_heads))
     path = tmp_path / "model.onnx"
-    export_onnx(weights, path, accuracy_level="fp32", head="fp32", block_scales="fp32")
+    export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="fp32", block_scales="fp32")
     assert_equal(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
 
 
@@ -57,7 +57,7 @@ def test_int8_level_stays_near_hugging_face(
     export_onnx(weights, path)
     got, expected = both(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
     noise = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
-    assert 1e-4 < noise < 0.06
+    assert 1e-4 < noise < 0.08
 
 
 @pytest.mark.parametrize("head_dim", [8, 24])
@@ -66,12 +66,12 @@ def test_head_sizes_that_attention_can_not_rotate(
 ) -> None:
     weights = make_weights(small_config("column", head_dim=head_dim))
     path = tmp_path / "model.onnx"
-    export_onnx(weights, path, accuracy_level="fp32", head="fp32")
+    export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="fp32")
     assert_equal(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
 
 
 def test_tied_head_is_the_embedding(library: Path | None, make_weights: MakeWeights, tmp_path: Path) -> None:
     weights = make_weights(small_config("row", head_dim=16, tie_word_embeddings=True))
     path = tmp_path / "model.onnx"
-    export_onnx(weights, path, accuracy_level="fp32", head="fp32")
+    export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="fp32")
     assert_equal(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))

@@ -142,7 +142,7 @@ def test_metadata(tmp_path: Path) -> None:
 
 def test_names_and_types_are_those_of_onnxruntime_genai(weights: Weights, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    export_onnx(weights, path)
+    export_onnx(weights, path, kv_cache="fp32")
     model = onnx.load(path)
     assert model.ir_version == 10
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1, "fbiedge": 1}
@@ -172,6 +172,37 @@ def test_names_and_types_are_those_of_onnxruntime_genai(weights: Weights, tmp_pa
     # It has a default, so onnxruntime-genai and others, which don't know it, are not asked for it.
     session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     assert {entry.name for entry in session.get_inputs()} == set(inputs)
+
+
+def test_an_int8_cache_adds_a_scale_for_each_row(weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(weights, path)
+    model = onnx.load(path)
+    assert {entry.key: entry.value for entry in model.metadata_props}["fbiedge.kv_cache"] == "int8"
+    assert ("fbiedge", "GroupQueryAttention") in {(function.domain, function.name) for function in model.functions}
+    for infos, prefix in ((model.graph.input, "past_key_values"), (model.graph.output, "present")):
+        types = {info.name: info.type.tensor_type for info in infos}
+        rows = ["batch", 2, f"{prefix.removesuffix('_key_values')}_sequence_length"]
+        for part, dtype, shape in (
+            ("key", TensorProto.INT8, [*rows, 16]), ("value", TensorProto.INT8, [*rows, 16]),
+            ("key_scale", TensorProto.FLOAT, rows), ("value_scale", TensorProto.FLOAT, rows),
+        ):  # fmt: skip
+            tensor = types[f"{prefix}.1.{part}"]
+            assert tensor.elem_type == dtype
+            assert [dim.dim_param or dim.dim_value for dim in tensor.shape.dim] == shape
+
+
+@pytest.mark.parametrize("head_dim", [8, 40])
+def test_heads_that_an_int8_cache_can_not_hold(
+    make_weights: Callable[[ModelConfig], Weights], tmp_path: Path, head_dim: int
+) -> None:
+    weights = make_weights(small_config(head_dim=head_dim))
+    export_onnx(weights, tmp_path / "model.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert metadata["fbiedge.kv_cache"] == "fp32"
+    message = f"head_dim is {head_dim}, but a KV cache of int8 takes multiples of 16 up to 256 only"
+    with pytest.raises(UsageError, match=message):
+        export_onnx(weights, tmp_path / "model.onnx", kv_cache="int8")
 
 
 def test_zeros_are_counted(tmp_path: Path) -> None:

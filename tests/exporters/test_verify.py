@@ -21,7 +21,7 @@ IDS = list(range(20))
 
 
 def test_fp32_loses_nothing(weights: Weights, tmp_path: Path) -> None:
-    path = export_onnx(weights, tmp_path / "model.onnx", accuracy_level="fp32", head="fp32").model
+    path = export_onnx(weights, tmp_path / "model.onnx", accuracy_level="fp32", head="fp32", kv_cache="fp32").model
     report = verify_export(weights, path, IDS)
     assert report.max_logit_error < 1e-4
     assert report.kl_divergence < 1e-8
@@ -49,7 +49,7 @@ def test_another_model_is_found_out(weights: Weights, tmp_path: Path) -> None:
 def test_a_costly_model_is_checked_on_fewer_tokens_and_streamed(
     weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = export_onnx(weights, tmp_path / "model.onnx", accuracy_level="fp32", head="fp32").model
+    path = export_onnx(weights, tmp_path / "model.onnx", accuracy_level="fp32", head="fp32", kv_cache="fp32").model
     monkeypatch.setattr(verify_module, "_MULTIPLY_ADDS", 1)
     monkeypatch.setattr(verify_module, "RESIDENT_LIMIT_BYTES", 0)
     report = verify_export(weights, path, IDS)

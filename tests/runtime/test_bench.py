@@ -9,6 +9,8 @@ from statistics import median
 
 import onnx
 import pytest
+from onnx import TensorProto
+from support.tiny_model import tiny_model
 
 from fbiedge import cli
 from fbiedge.bench import (
@@ -19,12 +21,13 @@ from fbiedge.bench import (
     Step,
     Worker,
     bench,
-    kv_cache_bytes,
     weight_bytes_per_token,
 )
 from fbiedge.errors import FbiEdgeError, ModelFileError, UsageError
 from fbiedge.inspection import inspect
+from fbiedge.kv_cache import cache_bytes
 from fbiedge.machine import describe_machine, peak_rss_bytes
+from fbiedge.model_file import ModelFile
 
 from .conftest import NO_LIBRARY
 
@@ -93,13 +96,17 @@ def test_weight_bytes_are_those_of_the_tensors_that_a_token_reads(external_model
     assert weight_bytes_per_token(inspect(external_model)) == expected
 
 
-def test_kv_cache_bytes(plain_model: Path) -> None:
-    config = inspect(plain_model).config
-    caches = [value for value in onnx.load(plain_model).graph.input if value.name.startswith("past_key_values")]
-    per_token = sum(
-        4 * dims[1].dim_value * dims[3].dim_value for dims in (c.type.tensor_type.shape.dim for c in caches)
-    )
-    assert kv_cache_bytes(config, 7) == 7 * per_token
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_cache_bytes(precision: str, tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, export={"kv_cache": precision})
+    per_token = 0
+    for value in onnx.load(path).graph.input:
+        if value.name.startswith("past_key_values"):
+            dims = value.type.tensor_type.shape.dim
+            row = dims[3].dim_value if len(dims) == 4 else 1
+            per_token += dims[1].dim_value * row * (1 if value.type.tensor_type.elem_type == TensorProto.INT8 else 4)
+    assert ModelFile.open(path).kv_cache == precision
+    assert cache_bytes(inspect(path).config, precision, 7) == 7 * per_token
 
 
 def test_spread() -> None:

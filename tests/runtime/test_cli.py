@@ -43,7 +43,18 @@ def test_from_random_weights_to_text(fbiedge: Run, tmp_path: Path) -> None:
     assert (code, out, err) == (0, f"wrote {tmp_path / 'c'}\n", "")
     model = tmp_path / "model.onnx"
     code, out, err = fbiedge(
-        "export", tmp_path / "c", "--to", "onnx", "-o", model, "--accuracy-level", "fp32", "--head", "fp32"
+        "export",
+        tmp_path / "c",
+        "--to",
+        "onnx",
+        "-o",
+        model,
+        "--accuracy-level",
+        "fp32",
+        "--head",
+        "fp32",
+        "--kv-cache",
+        "fp32",
     )
     assert (code, err) == (0, "")
     assert out.startswith(f"wrote {model} ({model.stat().st_size:,} bytes)\n")

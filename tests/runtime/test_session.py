@@ -6,6 +6,7 @@ import mmap
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 from support.tiny_model import tiny_model
 
 from fbiedge import session as session_module
+from fbiedge.config import PRESETS
 from fbiedge.cpu import default_threads
 from fbiedge.errors import ModelFileError, UsageError
+from fbiedge.kv_cache import KVCache
 from fbiedge.model_file import ModelFile
 from fbiedge.ops_library import available_isas
 from fbiedge.reference import Reference
@@ -95,16 +98,56 @@ def test_reuse_keeps_the_common_beginning(session: Session, expected: np.ndarray
 
 
 def test_the_cache_is_written_in_place(session: Session) -> None:
-    addresses = [buffer.ctypes.data for buffer in session._kv_cache]
+    buffers = list(session._kv_cache.buffers.values())
+    addresses = [buffer.ctypes.data for buffer in buffers]
     session.forward(IDS[:5])
-    written = [buffer.copy() for buffer in session._kv_cache]
+    written = [buffer.copy() for buffer in buffers]
     session.forward(IDS[5:6])
-    for before, now in zip(written, session._kv_cache, strict=True):
+    for before, now in zip(written, buffers, strict=True):
         np.testing.assert_array_equal(now[:, :, :5], before[:, :, :5])
         assert np.abs(now[:, :, :6]).min(axis=-1).max() > 0  # all six rows are there
         np.testing.assert_array_equal(now[:, :, 6:], 0)  # and none beyond
-    assert [buffer.ctypes.data for buffer in session._kv_cache] == addresses
+    assert [buffer.ctypes.data for buffer in session._kv_cache.buffers.values()] == addresses
     assert all(address % 64 == 0 for address in addresses)
+
+
+@pytest.fixture(scope="module")
+def int8_cache_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As plain_model, with an int8 cache."""
+    return tiny_model(tmp_path_factory.mktemp("int8_cache"), export={"kv_cache": "int8"})
+
+
+def test_an_int8_cache_costs_little_and_takes_a_quarter(
+    int8_cache_model: Path, plain_model: Path, expected: np.ndarray, engine: str
+) -> None:
+    """8 bits of keys and values round what small random weights make of them by under 5 % of the logits' spread."""
+    session, exact = Session.open(int8_cache_model, threads=1), Session.open(plain_model, threads=1)
+    error = np.sqrt(np.mean((session.all_logits(IDS) - expected) ** 2)) / expected.std()
+    assert 0 < error < 0.05
+    sizes = [sum(buffer.nbytes for buffer in s._kv_cache.buffers.values()) for s in (session, exact)]
+    assert sizes[0] == sizes[1] * (16 + 4) / (4 * 16)
+
+
+def test_an_int8_cache_gives_the_same_in_any_pieces_and_after_going_back(int8_cache_model: Path) -> None:
+    """To the bit: the rows that one run attends to are those that the next finds in the cache."""
+    session = Session.open(int8_cache_model, threads=1)
+    whole = session.all_logits(IDS)
+    session.truncate(7)
+    np.testing.assert_array_equal(session.all_logits(IDS[7:]), whole[7:])
+    session.truncate(0)
+    for position, token in enumerate(IDS):
+        np.testing.assert_allclose(session.forward([token]), whole[position], **ROUNDING)
+    assert session.reuse([*IDS[:12], 0, 0]) == 12
+    np.testing.assert_allclose(session.forward(IDS[12:]), whole[-1], **ROUNDING)
+
+
+def test_an_int8_cache_is_written_in_place(int8_cache_model: Path) -> None:
+    session = Session.open(int8_cache_model, threads=1)
+    session.forward(IDS[:5])
+    for name, buffer in session._kv_cache.buffers.items():
+        assert buffer.dtype == (np.float32 if name.endswith("_scale") else np.int8)
+        assert np.abs(buffer[:, :, :5].astype(float)).min(axis=2).max() > 0
+        np.testing.assert_array_equal(buffer[:, :, 5:], 0)
 
 
 def test_the_context_ends_where_it_says(plain_model: Path, engine: str) -> None:
@@ -384,9 +427,10 @@ def test_the_cache_takes_memory_only_where_it_is_written() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
     before = resident_bytes()
-    cache = session_module._zeros((1, 64, 8192, 64))  # 134 MB
-    assert cache.flags.writeable and not cache[0, :, 0].any()
-    cache[0, :, 0] = 1.0  # what the first token writes: one row a head
+    cache = KVCache(replace(PRESETS["1.3b"], num_hidden_layers=1), "fp32", 8192)  # 134 MB
+    for rows in cache.buffers.values():
+        assert rows.flags.writeable and not rows[0, :, 0].any()
+        rows[0, :, 0] = 1.0  # what the first token writes: one row a head
     assert resident_bytes() - before < 10_000_000
 
 

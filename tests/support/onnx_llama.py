@@ -26,13 +26,15 @@ class OnnxLlama:
 
     def reset(self) -> None:
         """Forget all tokens. The buffers start as NaN, so that a read of a row never written can't go unnoticed."""
-        config = self.config
-        shape = (1, config.num_key_value_heads, config.max_position_embeddings, config.head_dim)
         self.position = 0
-        self.buffers = [
-            ort.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, np.float32))
-            for _ in range(2 * config.num_hidden_layers)
-        ]
+        self.buffers = {}
+        for entry in self.session.get_inputs():
+            if entry.name.startswith("past_key_values."):
+                shape = (1, self.config.num_key_value_heads, self.config.max_position_embeddings, *entry.shape[3:])
+                rows = (
+                    np.full(shape, 77, np.int8) if entry.type == "tensor(int8)" else np.full(shape, np.nan, np.float32)
+                )
+                self.buffers[entry.name] = ort.OrtValue.ortvalue_from_numpy(rows)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Append `ids` to the cache -> their logits [T, vocab]."""
@@ -40,10 +42,9 @@ class OnnxLlama:
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, self.position), np.int64))
-        for index, buffer in enumerate(self.buffers):
-            layer, part = index // 2, ("key", "value")[index % 2]
-            binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", buffer)
-            binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
+        for name, buffer in self.buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
         binding.bind_output("logits")
         self.session.run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy()[0]

@@ -34,8 +34,8 @@ def tiny_checkpoint(
 
 
 def tiny_model(folder: Path, *, export: dict[str, Any] | None = None, **checkpoint: Any) -> Path:
-    """model.onnx in `folder`, exact (fp32 head and activations) unless `export` says otherwise."""
+    """model.onnx in `folder`, exact (fp32 head, activations and cache) unless `export` says otherwise."""
     weights = open_checkpoint(tiny_checkpoint(folder / "checkpoint", **checkpoint))
     path = folder / "model.onnx"
-    export_onnx(weights, path, **({"accuracy_level": "fp32", "head": "fp32"} | (export or {})))
+    export_onnx(weights, path, **({"accuracy_level": "fp32", "head": "fp32", "kv_cache": "fp32"} | (export or {})))
     return path
