@@ -92,6 +92,9 @@ struct KernelTable {
 
 static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+// How far ahead of tiles computed side by side, which are `bytes` long, to prefetch: whole such steps, but not so near
+// that memory is late (130M shapes: 3 KB ahead 60 % of reading, 8 KB ahead 85 %).
+static inline size_t prefetch_distance(size_t bytes) { return ceil_div(8 * 1024, bytes) * bytes; }
 static inline size_t align_up(size_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 // A prepared token starts with its offset sum, in a cache line of its own; the rest is the kernel's.

@@ -197,6 +197,7 @@ template <int kTiles>
 void stream_tiles(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, size_t token_index) {
     const Token token = token_at(a, layout, token_index);
     const size_t tile_stride = a.k_tiles * kTileBytes;
+    const size_t ahead = prefetch_distance(kTiles * tile_stride);
     Totals totals[kTiles];
     GroupBits filled;
     for (int n = 0; n < kTiles; ++n) totals[n] = {{_mm256_setzero_ps(), _mm256_setzero_ps()}};
@@ -204,7 +205,7 @@ void stream_tiles(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, 
         const size_t first_k_tile = group * kGroupTiles, k_tiles = min_size(a.k_tiles - first_k_tile, kGroupTiles);
         for (int n = 0; n < kTiles; ++n) {
             const uint8_t* bits = a.tiles + (tile + n) * tile_stride + first_k_tile * kTileBytes;
-            for (size_t t = 0; t < kGroupTiles; ++t) prefetch(bits + kTiles * tile_stride + t * kTileBytes);
+            for (size_t t = 0; t < kGroupTiles; ++t) prefetch(bits + ahead + t * kTileBytes);
             const Weighed sums = gather_group(whole_group(bits, k_tiles, filled), token.tables + group * kGroupTables);
             add_group(a, tile + n, group, totals[n], sums, token.corrections[group], token.scales[group]);
         }
@@ -370,7 +371,7 @@ void binary_matmul_int8_avx2(const MultiplyArgs& a) {
     if (a.m >= 3) {
         for (; tile + kSharedTiles <= a.n_tiles; tile += kSharedTiles) share_tiles(a, layout, tile, state);
     }
-    for (; tile + 4 <= a.n_tiles; tile += 4) stream_tokens<4>(a, layout, tile);
+    for (; tile + 2 <= a.n_tiles; tile += 2) stream_tokens<2>(a, layout, tile);
     for (; tile < a.n_tiles; ++tile) stream_tokens<1>(a, layout, tile);
 }
 

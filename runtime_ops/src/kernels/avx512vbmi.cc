@@ -137,6 +137,7 @@ template <int kTiles, int kTokens>
 void stream_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile, size_t first_token) {
     const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
     const size_t tile_stride = a.k_tiles * kTileBytes;
+    const size_t ahead = prefetch_distance(kTiles * tile_stride);
     Token tokens[kTokens];
     for (int t = 0; t < kTokens; ++t) tokens[t] = token_at(a, layout, first_token + t);
     __m512 total_f32x16[kTiles][kTokens];
@@ -152,7 +153,7 @@ void stream_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile,
         for (size_t k_tile = group * kGroupTiles; k_tile < last; ++k_tile) {
             for (int n = 0; n < kTiles; ++n) {
                 const uint8_t* at = bits + n * tile_stride + k_tile * kTileBytes;
-                prefetch(at + kTiles * tile_stride);
+                prefetch(at + ahead);
                 const __m512i v_u8x64 = _mm512_loadu_si512(at);
                 for (size_t half = 0; half < kHalves; ++half) {
                     const __m512i index_u8x64 = index_of_half(v_u8x64, half);
@@ -251,7 +252,7 @@ void binary_matmul_int8_avx512vbmi(const MultiplyArgs& a) {
     size_t tile = 0;
     for (; tile + kSharedTiles <= a.n_tiles; tile += kSharedTiles) {
         if (shared > 0) share_tiles(a, layout, tile, shared, state);
-        stream_tokens<kSharedTiles>(a, layout, tile, shared);
+        for (int n = 0; n < kSharedTiles; n += 2) stream_tokens<2>(a, layout, tile + n, shared);
     }
     for (; tile < a.n_tiles; ++tile) stream_tokens<1>(a, layout, tile, 0);
 }

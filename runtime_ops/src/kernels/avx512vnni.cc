@@ -79,6 +79,7 @@ void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile
     const Int8Token token = int8_token(a, layout, token_index);
     const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
     const size_t tile_stride = a.k_tiles * kTileBytes;
+    const size_t ahead = prefetch_distance(kTiles * tile_stride);
     __m512 total_f32x16[kTiles];
     for (int n = 0; n < kTiles; ++n) total_f32x16[n] = _mm512_setzero_ps();
     for (size_t group = 0; group < layout.groups; ++group) {
@@ -91,7 +92,7 @@ void one_token_int8(const MultiplyArgs& a, const Int8Layout& layout, size_t tile
             const int32_t* quads = token.quads + k_tile * kQuadsPerTile;
             for (int n = 0; n < kTiles; ++n) {
                 const uint8_t* v = bits + n * tile_stride + k_tile * kTileBytes;
-                prefetch(v + kTiles * tile_stride);
+                prefetch(v + ahead);
                 const __m512i low_u8x64 = _mm512_loadu_si512(v);
                 const __m512i high_u8x64 = _mm512_srli_epi16(low_u8x64, 4);
                 for (int b = 0; b < 4; ++b) {
