@@ -94,15 +94,20 @@ def _store(body: Body, part: str, is_new: str, length: str) -> None:
     divisors = body.add("Unsqueeze", [divisor, body.ints([-1])], f"{part}_divisors")
     ratio = body.add("Div", [f"float_{part}", divisors], f"{part}_ratio")
     rounded = body.add("Round", [ratio], f"{part}_rounded")
-    numbers = body.add("Cast", [rounded], f"{part}_numbers", to=TensorProto.INT8)
     are_new = body.add("Unsqueeze", [is_new, body.ints([-1])], f"{part}_are_new")
-    for name, new, choice, rank in ((part, numbers, are_new, 4), (f"{part}_scale", scale, is_new, 3)):
-        held = body.add("Shape", [f"used_{name}"], f"held_{name}", start=2, end=3)
+    # Rows are chosen as floats and cast behind that: ONNX Runtime 1.22 has no Where of int8.
+    for name, old_rows, new, choice, rank in (
+        (part, f"used_{part}_numbers", rounded, are_new, 4),
+        (f"{part}_scale", f"used_{part}_scale", scale, is_new, 3),
+    ):
+        held = body.add("Shape", [old_rows], f"held_{name}", start=2, end=3)
         missing = body.add("Sub", [length, held], f"missing_{name}")
         before, after = body.ints([0] * (rank + 2)), body.ints([0] * (rank - 3))
         pads = body.add("Concat", [before, missing, after] if rank > 3 else [before, missing], f"pads_{name}", axis=0)
-        old = body.add("Pad", [f"used_{name}", pads], f"old_{name}")
-        stored = body.add("Where", [choice, new, old], f"stored_{name}")
+        old = body.add("Pad", [old_rows, pads], f"old_{name}")
+        stored = body.add("Where", [choice, new, old], f"chosen_{name}")
+        if rank == 4:
+            stored = body.add("Cast", [stored], f"stored_{name}", to=TensorProto.INT8)
         end = body.ints([np.iinfo(np.int64).max])
         rest = _slice(body, f"past_{name}", length, end, f"rest_{name}")
         body.add("Concat", [stored, rest], f"present_{name}", axis=2)
