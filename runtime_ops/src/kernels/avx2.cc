@@ -1,10 +1,10 @@
-// AVX2 with F16C: the fp32 level (int8: avx2_int8.cc). A tile is two 256-bit halves of 8 rows: 32-bit lane r holds the
+// AVX2 with F16C: the fp32 level (int8: avx2_int8.h). A tile is two 256-bit halves of 8 rows: 32-bit lane r holds the
 // 32 sign bits of row r.
 //
 // The sign bits of 3 inputs select one of 8 sums, tabulated once a token; vpermps does 8 rows x 3 inputs at a
 // time and ignores the bits above the lowest 3. 32 inputs are 11 tables, the last one of 2 inputs.
 
-#include "avx2.h"
+#include "avx2_int8.h"
 
 namespace fbiedge {
 namespace {

@@ -6,12 +6,6 @@
 #include "../kernel_table.h"
 
 namespace fbiedge {
-
-// The int8 level (avx2_int8.cc).
-size_t token_bytes_int8_avx2(size_t k);
-void prepare_int8_avx2(const TokenInput& in, uint8_t* token);
-void binary_matmul_int8_avx2(const MultiplyArgs& a);
-
 namespace {
 
 constexpr size_t kHalfRows = 8;

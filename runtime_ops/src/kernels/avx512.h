@@ -7,12 +7,6 @@
 #include "../kernel_table.h"
 
 namespace fbiedge {
-
-// The fp32 level (avx512vnni.cc).
-size_t token_bytes_fp32_avx512vnni(size_t k);
-void prepare_fp32_avx512vnni(const TokenInput& in, uint8_t* token);
-void binary_matmul_fp32_avx512vnni(const MultiplyArgs& a);
-
 namespace {
 
 // Lanes 8, 4, 2, 1 apart: the order of the scalar kernel.

@@ -1,4 +1,4 @@
-// AVX-512 with VBMI and VNNI (Ice Lake and Zen 4 on): the int8 level by looking sums up. fp32 is that of avx512vnni.
+// AVX-512 with VBMI and VNNI (Ice Lake and Zen 4 on): the int8 level by looking sums up. fp32: avx512_fp32.h.
 //
 // The signs of 4 inputs select one of 16 sums, tabulated once a token. vpermb looks up 64 bytes at once in a table of
 // 64 bytes, which holds the 16 sums of each of the 4 bytes of a row in a tile: one instruction does 16 rows x 16
@@ -15,7 +15,7 @@
 //   half 0: (v & 0x33) | 4j          inputs 8j + 0, 1, 4, 5 are bits 0, 1, 4, 5 of the index
 //   half 1: ((v >> 2) & 0x33) | 4j   inputs 8j + 2, 3, 6, 7
 
-#include "avx512.h"
+#include "avx512_fp32.h"
 
 namespace fbiedge {
 namespace {
@@ -260,7 +260,7 @@ void binary_matmul_int8_avx512vbmi(const MultiplyArgs& a) {
 }  // namespace
 
 const BinaryKernels kBinaryAvx512Vbmi = {
-    {token_bytes_fp32_avx512vnni, prepare_fp32_avx512vnni, binary_matmul_fp32_avx512vnni},
+    {token_bytes_fp32_avx512, prepare_fp32_avx512, binary_matmul_fp32_avx512},
     {token_bytes_int8_avx512vbmi, prepare_int8_avx512vbmi, binary_matmul_int8_avx512vbmi},
 };
 

@@ -9,6 +9,7 @@
 // high = floor(P / 32) + 16 (0..31): |P| <= 4 * 127 = 508. Byte lanes gather 8 entries a group (4 tiles, 2 tables
 // each), 248 at most. At the group's end vpmaddubsw weighs the parts by 2 and 64, and the 4 bytes of a row are added:
 // I = 2P - S = 2 * low + 64 * high - (64 * 16 * entries + S). The sums wrap at 16 bits and I fits them, so I is right.
+#pragma once
 
 #include "avx2.h"
 
@@ -53,10 +54,12 @@ struct Sums {
     __m256i first_i16x16, last_i16x16;
 };
 
+int bits_as_bytes(int e) { return (e & 1) | (e & 2) << 7 | (e & 4) << 14 | (e & 8) << 21; }
+
 // 4 entries, first to first + 3, as 4 bytes each: byte i is bit i of the entry.
 __m256i chosen(int first) {
-    const auto bytes = [](int e) { return (e & 1) | (e & 2) << 7 | (e & 4) << 14 | (e & 8) << 21; };
-    const __m128i entries_u8x16 = _mm_setr_epi32(bytes(first), bytes(first + 1), bytes(first + 2), bytes(first + 3));
+    const __m128i entries_u8x16 = _mm_setr_epi32(bits_as_bytes(first), bits_as_bytes(first + 1),
+                                                 bits_as_bytes(first + 2), bits_as_bytes(first + 3));
     return _mm256_broadcastsi128_si256(entries_u8x16);
 }
 
@@ -83,7 +86,7 @@ struct Token {
     const uint8_t* tables;
 };
 
-Token token_at(const MultiplyArgs& a, const Int8Layout& layout, size_t index) {
+FBIEDGE_ALWAYS_INLINE Token token_at(const MultiplyArgs& a, const Int8Layout& layout, size_t index) {
     const uint8_t* token = a.tokens + index * a.token_stride_in_bytes;
     return {reinterpret_cast<const float*>(token + layout.scales_at),
             reinterpret_cast<const int32_t*>(token + layout.sums_at), token + layout.q_at};
@@ -254,7 +257,8 @@ FBIEDGE_ALWAYS_INLINE void gather_half(FourTiles& sums, const uint8_t* tables,
 }
 
 // One pass of one token over a group. Written out: GCC copies accumulators around in loops.
-void gather_pass(const uint8_t* tables, const uint8_t (*indices)[kSharedTiles][32], Weighed (&weighed)[kSharedTiles]) {
+FBIEDGE_ALWAYS_INLINE void gather_pass(const uint8_t* tables, const uint8_t (*indices)[kSharedTiles][32],
+                                       Weighed (&weighed)[kSharedTiles]) {
     const __m256i zero = _mm256_setzero_si256();
     FourTiles sums = {{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
     gather_half(sums, tables, indices[0]);
@@ -275,14 +279,15 @@ void gather_token(const MultiplyArgs& a, const Int8Layout& layout, size_t tile, 
                   SharedState& state) {
     const Token token = token_at(a, layout, token_index);
     const uint8_t* tables = token.tables + group * kGroupTables;
-    Weighed weighed[kPasses][kSharedTiles];
-    gather_pass(tables, state.indices[0], weighed[0]);
-    gather_pass(tables + kPassTables, state.indices[1], weighed[1]);
+    Weighed first[kSharedTiles], second[kSharedTiles];
+    gather_pass(tables, state.indices[0], first);
+    gather_pass(tables + kPassTables, state.indices[1], second);
     for (int n = 0; n < kSharedTiles; ++n) {
         float* at = state.totals[token_index][n];
-        Totals totals = {{_mm256_load_ps(at), _mm256_load_ps(at + kHalfRows)}};
-        add_group(a, tile + n, group, totals, add(weighed[0][n], weighed[1][n]), token.corrections[group],
-                  token.scales[group]);
+        Totals totals;
+        for (int h = 0; h < 2; ++h) totals.half_f32x8[h] = _mm256_load_ps(at + h * kHalfRows);
+        const Weighed sums = add(first[n], second[n]);
+        add_group(a, tile + n, group, totals, sums, token.corrections[group], token.scales[group]);
         for (int h = 0; h < 2; ++h) _mm256_store_ps(at + h * kHalfRows, totals.half_f32x8[h]);
     }
 }
@@ -306,8 +311,6 @@ template <int kTiles>
 void stream_tokens(const MultiplyArgs& a, const Int8Layout& layout, size_t tile) {
     for (size_t token = 0; token < a.m; ++token) stream_tiles<kTiles>(a, layout, tile, token);
 }
-
-}  // namespace
 
 size_t token_bytes_int8_avx2(size_t k) {
     const Int8Layout layout = int8_layout(k);
@@ -375,4 +378,5 @@ void binary_matmul_int8_avx2(const MultiplyArgs& a) {
     for (; tile < a.n_tiles; ++tile) stream_tokens<1>(a, layout, tile);
 }
 
+}  // namespace
 }  // namespace fbiedge
