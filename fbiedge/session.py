@@ -31,6 +31,7 @@ CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy; logi
 # Before 1.20, GroupQueryAttention computes a run of several tokens after a filled cache wrongly, and says nothing;
 # before 1.22, MatMulNBits can't run the int8 head (found by running 1.18.1, 1.20.1, 1.21.1, 1.22.1, 1.23.2 and 1.31.1).
 _OLDEST_ONNX_RUNTIME = (1, 22)
+_ALL_OURS = {"kv_cache": "int8", "head_operator": "fbiedge"}  # metadata of a file without stock operators that matter
 _SEVERITY_FATAL = 4  # ONNX Runtime also prints what it raises; the exception is enough
 
 
@@ -97,9 +98,16 @@ class Session:
         options.log_severity_level = _SEVERITY_FATAL
         if accuracy_level is not None:
             options.add_session_config_entry("fbiedge.accuracy_level", accuracy_level)
+        # Where all that takes time is ours, our threads do it: they are quicker to hand work to than ONNX Runtime's,
+        # and with both, the idle ones of one would take the cores from the other.
+        own_threads = all(model.metadata.get(key) == value for key, value in _ALL_OURS.items())
+        if own_threads:
+            options.add_session_config_entry("fbiedge.threads", str(threads))
         isa, fallback_reason = None, None
         try:
             isa = _register_op_library(options)
+            if own_threads:
+                options.intra_op_num_threads = 1
         except OpLibraryError as error:
             fallback_reason = str(error)
         try:

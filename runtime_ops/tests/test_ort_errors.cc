@@ -90,7 +90,7 @@ int main() {
     expect(api, guarded(api, [] { throw 7; }), "fbiedge: unknown exception");
 
     const KernelTable table = {};
-    const Environment environment = {&api, &table, nullptr};
+    const Environment environment = {&api, &table, nullptr, 0};
     const CustomOp op(environment, kBinaryMatMulOp, false);
     BinaryMatrix matrix = {};
     matrix.k = matrix.n = 4;

@@ -1,4 +1,5 @@
-// The pool's policy, on an ONNX Runtime made up here whose second thread is held up on demand.
+// Threads: those of an ONNX Runtime made up here, whose second thread is held up on demand, and the library's own.
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <thread>
@@ -31,7 +32,7 @@ OrtApi made_up_api() {
 }
 
 void run_region(const OrtApi& api) {
-    Pool pool(api, nullptr);
+    Pool pool(api, nullptr, nullptr);
     const ParallelFor parallel = pool.parallel();
     pieces = 0;
     parallel.run(parallel.context, 4, [](void*, size_t) { ++pieces; }, nullptr);
@@ -46,6 +47,35 @@ bool reach(const OrtApi& api, bool uses_pool) {
         if ((parallel_calls != before) == uses_pool) return true;
     }
     return false;
+}
+
+// Every piece of every region runs once, in regions of many sizes, from two callers at a time.
+bool all_pieces_run(ThreadPool& pool, int regions) {
+    std::atomic<bool> right{true};
+    const auto call = [&] {
+        for (int region = 0; region < regions; ++region) {
+            const size_t count = static_cast<size_t>(region) % 37;
+            std::vector<int> runs(count);
+            pool.run(count, [](void* data, size_t i) { ++static_cast<int*>(data)[i]; }, runs.data());
+            for (const int times : runs) {
+                if (times != 1) right = false;
+            }
+        }
+    };
+    std::thread other(call);
+    call();
+    other.join();
+    return right;
+}
+
+// A worker that sleeps is woken; one that comes late isn't waited for, and finds nothing left to do.
+bool wakes_up(ThreadPool& pool) {
+    std::atomic<int> ran{0};
+    for (int region = 0; region < 20; ++region) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(region % 4 * 2));
+        pool.run(3, [](void* data, size_t) { ++*static_cast<std::atomic<int>*>(data); }, &ran);
+    }
+    return ran == 60;
 }
 
 int failed = 0;
@@ -66,6 +96,14 @@ int main() {
     expect(reach(api, false), "waiting again doesn't pause the pool again");
     hold_up = false;
     expect(reach(api, true), "a pool that works again isn't used again");
+    for (const size_t threads : {1, 2, 5}) {
+        ThreadPool pool(threads);
+        expect(all_pieces_run(pool, 2000), "a piece of a region didn't run once");
+        expect(wakes_up(pool), "a piece didn't run after a pause");
+    }
+    expect(ThreadPool::shared(2) != ThreadPool::shared(3), "pools of different sizes are one");
+    const std::shared_ptr<ThreadPool> pool = ThreadPool::shared(2);
+    expect(pool == ThreadPool::shared(2), "a pool isn't shared");
     std::printf("%d failed\n", failed);
     return failed != 0;
 }

@@ -82,7 +82,7 @@ def test_a_context_beyond_all_memory(fbiedge: Run, plain_model: Path, tmp_path: 
         raise MemoryError  # some systems would promise it, and kill the process when it is used
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fbiedge.session._zeros", refuse)
+        patch.setattr("fbiedge.kv_cache._zeros", refuse)
         message = one_error_line(fbiedge("generate", model, "-p", "a"))
     assert "a context of 2147483647 tokens takes" in message and "choose a smaller one with --context" in message
     assert fbiedge("generate", model, "-p", "a", "--context", 64, "--max-tokens", 2)[0] == 0

@@ -89,6 +89,22 @@ def test_an_unknown_override_fails_at_registration() -> None:
         open_session(op_model(problem(1, 16, 32, "row")), config={"fbiedge.accuracy_level": "int4"})
 
 
+@pytest.mark.parametrize("threads", ["1", "2", "7"])
+@pytest.mark.parametrize("m", [1, 70])
+def test_threads_of_our_own_change_nothing(threads: str, m: int) -> None:
+    p = problem(m, 2000, 700, "column")
+    sessions = [open_session(op_model(p), config={"fbiedge.threads": threads}) for _ in range(2)]
+    for session in sessions:
+        for _ in range(3):
+            assert same_bits(run(session, p.x[None])[0], by_c_api(p, "int8"))
+
+
+@pytest.mark.parametrize("threads", ["0", "two", "1025", "2 "])
+def test_a_bad_number_of_threads_fails_at_registration(threads: str) -> None:
+    with pytest.raises(Exception, match=f"fbiedge.threads is '{threads}', expected a number from 1 to 1024"):
+        open_session(op_model(problem(1, 16, 32, "row")), config={"fbiedge.threads": threads})
+
+
 def test_the_level_is_int8_by_default() -> None:
     p = problem(2, 64, 300, "column")
     for model in (op_model(p, accuracy_level=0), op_model(p, attributes={"accuracy_level": None})):

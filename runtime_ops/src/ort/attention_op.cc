@@ -79,7 +79,7 @@ class AttentionKernel final : public OpKernel {
         a.value_scales =
             static_cast<float*>(present(context, kPastValueScale, kPresentValueScale, length, sizeof(float)));
         a.out = static_cast<float*>(output(api_, context, kOut, {batch, tokens, signed_size(node_.heads * d)}));
-        Pool pool(api_, context);
+        Pool pool(api_, context, threads());
         if (!attention(a, kernels_, pool.parallel())) pool.fail(who_);
     }
 

@@ -28,7 +28,7 @@ class BinaryLayerKernel final : public OpKernel {
         for (size_t i = 0; i + 1 < dims.size(); ++i) m *= static_cast<size_t>(dims[i]);
         const float* const residual = residual_ ? residual_of(context, dims) : nullptr;
         auto* y = static_cast<float*>(output(api_, context, 0, dims));
-        Pool pool(api_, context);
+        Pool pool(api_, context, threads());
         const auto* x = static_cast<const float*>(a.data);
         if (!layer_.run(kernels_, level_, x, m, residual, y, pool.parallel())) pool.fail(who_);
     }

@@ -14,7 +14,9 @@ const OpDefinition& definition(const OrtCustomOp* op) { return *self(op).definit
 void create_kernel(const CustomOp& op, const OrtKernelInfo* info, void** out) {
     const OpDefinition& definition = *op.definition;
     const NodeReader node(*op.environment.api, info, definition.name, definition.inputs);
-    *out = new Kernel{*op.environment.api, definition.create(op.environment, node)};
+    auto kernel = std::make_unique<Kernel>(Kernel{*op.environment.api, definition.create(op.environment, node)});
+    if (op.environment.threads) kernel->kernel->use_threads(ThreadPool::shared(op.environment.threads));
+    *out = kernel.release();
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ class MatMulNBitsKernel final : public OpKernel {
         size_t m = 1;
         for (size_t i = 0; i + 1 < dims.size(); ++i) m *= static_cast<size_t>(dims[i]);
         auto* y = static_cast<float*>(output(api_, context, 0, dims));
-        Pool pool(api_, context);
+        Pool pool(api_, context, threads());
         const auto* x = static_cast<const float*>(a.data);
         if (!matmul_nbits(matrix_, kernels_, x, m, y, pool.parallel())) pool.fail(who_);
     }

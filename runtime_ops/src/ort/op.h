@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "../binary_matmul.h"
+#include "../thread_pool.h"
 #include "api.h"
 #include "node_reader.h"
 
@@ -14,6 +15,7 @@ struct Environment {
     const OrtApi* api;
     const KernelTable* kernels;
     const AccuracyLevel* level_override;  // null: each node's accuracy_level
+    size_t threads;                       // of a pool of the library's own; 0: ONNX Runtime's threads
 };
 
 // One node of a session. ONNX Runtime may compute it on several threads at a time.
@@ -21,6 +23,14 @@ class OpKernel {
   public:
     virtual ~OpKernel() = default;
     virtual void compute(OrtKernelContext* context) const = 0;  // throws OpError
+
+    void use_threads(std::shared_ptr<ThreadPool> threads) { threads_ = std::move(threads); }
+
+  protected:
+    ThreadPool* threads() const { return threads_.get(); }  // null: ONNX Runtime's
+
+  private:
+    std::shared_ptr<ThreadPool> threads_;
 };
 
 struct OpDefinition {

@@ -18,6 +18,8 @@ namespace {
 constexpr AccuracyLevel kFp32 = AccuracyLevel::kFp32;
 constexpr AccuracyLevel kInt8 = AccuracyLevel::kInt8;
 const char* const kAccuracyKey = "fbiedge.accuracy_level";
+const char* const kThreadsKey = "fbiedge.threads";
+constexpr size_t kMostThreads = 1024;
 
 const OpDefinition* const kDefinitions[] = {&kBinaryMatMulOp, &kBinaryQkvOp, &kBinarySwigluOp, &kMatMulNBitsOp,
                                             &kGroupQueryAttentionOp};
@@ -32,7 +34,7 @@ struct Domain {
 };
 
 bool same(const Environment& a, const Environment& b) {
-    return a.api == b.api && a.kernels == b.kernels && a.level_override == b.level_override;
+    return a.api == b.api && a.kernels == b.kernels && a.level_override == b.level_override && a.threads == b.threads;
 }
 
 OrtCustomOpDomain* domain_for(const Environment& environment, bool infers_shapes) {
@@ -67,19 +69,39 @@ bool can_infer_shapes(const char* version) {
     return major > 1 || (major == 1 && minor >= 24);
 }
 
-const AccuracyLevel* read_override(const OrtApi& api, const OrtSessionOptions* options) {
+// Empty where there is none.
+std::string config_entry(const OrtApi& api, const OrtSessionOptions* options, const char* key) {
     int has_entry = 0;
-    check(api, api.HasSessionConfigEntry(options, kAccuracyKey, &has_entry));
-    if (!has_entry) return nullptr;
+    check(api, api.HasSessionConfigEntry(options, key, &has_entry));
+    if (!has_entry) return {};
     size_t size = 0;
-    check(api, api.GetSessionConfigEntry(options, kAccuracyKey, nullptr, &size));
+    check(api, api.GetSessionConfigEntry(options, key, nullptr, &size));
     std::string text(size, '\0');
-    check(api, api.GetSessionConfigEntry(options, kAccuracyKey, text.data(), &size));
-    text = text.c_str();
+    check(api, api.GetSessionConfigEntry(options, key, text.data(), &size));
+    return text.c_str();
+}
+
+[[noreturn]] void refuse(const char* key, const std::string& text, const std::string& expected) {
+    throw OpError{"fbiedge: session config entry " + std::string(key) + " is '" + text + "', expected " + expected};
+}
+
+const AccuracyLevel* read_override(const OrtApi& api, const OrtSessionOptions* options) {
+    const std::string text = config_entry(api, options, kAccuracyKey);
+    if (text.empty()) return nullptr;
     if (text == "fp32") return &kFp32;
     if (text == "int8") return &kInt8;
-    throw OpError{"fbiedge: session config entry " + std::string(kAccuracyKey) + " is '" + text +
-                  "', expected fp32 or int8"};
+    refuse(kAccuracyKey, text, "fp32 or int8");
+}
+
+size_t read_threads(const OrtApi& api, const OrtSessionOptions* options) {
+    const std::string text = config_entry(api, options, kThreadsKey);
+    if (text.empty()) return 0;
+    char* rest = nullptr;
+    const long threads = std::strtol(text.c_str(), &rest, 10);
+    if (*rest || threads < 1 || threads > static_cast<long>(kMostThreads)) {
+        refuse(kThreadsKey, text, "a number from 1 to " + std::to_string(kMostThreads));
+    }
+    return static_cast<size_t>(threads);
 }
 
 const KernelTable& choose_kernels() {
@@ -105,7 +127,8 @@ extern "C" FBIEDGE_EXPORT OrtStatus* FBIEDGE_ORT_CALL FBIEDGE_REGISTER_FUNCTION(
                       : nullptr;
     }
     return guarded(*api, [&] {
-        const Environment environment = {api, &choose_kernels(), read_override(*api, options)};
+        const Environment environment = {api, &choose_kernels(), read_override(*api, options),
+                                         read_threads(*api, options)};
         OrtCustomOpDomain* domain = domain_for(environment, can_infer_shapes(api_base->GetVersionString()));
         check(*api, api->AddCustomOpDomain(options, domain));
     });
