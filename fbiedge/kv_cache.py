@@ -1,6 +1,6 @@
 """The memory of a model's KV cache: one place for keys, values and, with int8 rows, a scale for each row.
 
-All buffers [1, kv_heads, capacity, …] lie in one mapping. Its pages are zeros that take memory when they are first
+All buffers [1, kv_heads, rows, …] lie in one mapping. Its pages are zeros that take memory when they are first
 written, so a large context costs what is used of it.
 """
 
@@ -25,6 +25,7 @@ _PARTS: dict[Precision, dict[str, type[np.generic]]] = {
     "int8": {"key": np.int8, "value": np.int8, "key_scale": np.float32, "value_scale": np.float32},
 }
 _PAGE_BYTES = 4096
+_SPARE_ROWS = 8  # a power of two of rows would put the same row of all heads into the same few lines of a cache
 
 
 def precision_of(names: Iterable[str]) -> Precision:
@@ -72,7 +73,7 @@ class KVCache:
 
     @staticmethod
     def _shape(config: ModelConfig, part: str, capacity: int) -> tuple[int, ...]:
-        rows = (1, config.num_key_value_heads, capacity)
+        rows = (1, config.num_key_value_heads, capacity + _SPARE_ROWS)
         return rows if part.endswith("_scale") else (*rows, config.head_dim)
 
 

@@ -32,6 +32,7 @@ CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy; logi
 # before 1.22, MatMulNBits can't run the int8 head (found by running 1.18.1, 1.20.1, 1.21.1, 1.22.1, 1.23.2 and 1.31.1).
 _OLDEST_ONNX_RUNTIME = (1, 22)
 _ALL_OURS = {"kv_cache": "int8", "head_operator": "fbiedge"}  # metadata of a file without stock operators that matter
+_MASK_STEP = 256
 _SEVERITY_FATAL = 4  # ONNX Runtime also prints what it raises; the exception is enough
 
 
@@ -189,11 +190,14 @@ class Session:
     def _bind(self) -> None:
         config = self.config
         self._input_ids = np.zeros((1, CHUNK), np.int64)
-        self._attention_mask = np.zeros((1, self.capacity), np.int64)  # ones as far as it was ever read
+        self._attention_mask = np.zeros((1, self.capacity), np.int64)
+        self._mask_length = 0  # that is bound
         self._logits = np.zeros((1, 1, config.vocab_size), np.float32)
         self._binding = self._onnx.io_binding()
         names = {entry.name for entry in self._onnx.get_inputs()} | {entry.name for entry in self._onnx.get_outputs()}
         self._kv_cache = KVCache(config, precision_of(names), self.capacity)
+        # Our attention takes a mask that is longer than the tokens, so that it needn't be bound again for each.
+        self._mask_step = _MASK_STEP if self.isa and self._kv_cache.precision == "int8" else 1
         for name in self._kv_cache.buffers:
             past, present = f"past_key_values.{name}", f"present.{name}"
             if past not in names or present not in names:
@@ -227,8 +231,12 @@ class Session:
             self._keep[0] = keep
             self._bound = (length, keep)
         self._input_ids[0, :length] = ids
+        seen = min(-(-total // self._mask_step) * self._mask_step, self.capacity)
         self._attention_mask[0, self.position : total] = 1
-        binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._attention_mask.ctypes.data)
+        self._attention_mask[0, total:seen] = 0
+        if seen != self._mask_length:
+            binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, seen), self._attention_mask.ctypes.data)
+            self._mask_length = seen
         try:
             self._onnx.run_with_iobinding(binding)
         except Exception as error:  # as in open()

@@ -12,6 +12,7 @@ constexpr float kLog2E = 1.44269504f;
 constexpr size_t kPrepareTokens = 8;  // a parallel piece of storing new rows
 // Bytes of the cache below which a call isn't worth handing out, and of one piece where a long cache is cut.
 constexpr size_t kSerialBytes = 128 * 1024;
+constexpr size_t kHeadBytes = 16 * 1024;  // of a head whose cache is empty: a microsecond for its new row and queries
 constexpr size_t kPieceBytes = 128 * 1024;
 constexpr size_t kSmallPieceBytes = 32 * 1024;
 constexpr size_t kManyHeads = 8;  // with as many, pieces can be large and still keep threads busy
@@ -169,7 +170,7 @@ bool attention(const Attention& a, const AttentionKernels& kernels, const Parall
     const size_t head_bytes = 2 * longest * a.d;
     const size_t piece_bytes = heads >= kManyHeads ? kPieceBytes : kSmallPieceBytes;
     const bool worth_cutting = n_queries <= kMaxQueries && head_bytes >= 2 * piece_bytes;
-    const bool small = heads * head_bytes * ceil_div(n_queries, 4) < kSerialBytes;
+    const bool small = heads * (head_bytes + kHeadBytes) * ceil_div(n_queries, 4) < kSerialBytes;
     const ParallelFor& used = small ? serial() : parallel;
 
     work.prepares = a.tokens == 1 && !worth_cutting;

@@ -49,6 +49,7 @@ extern const NBitsKernels kNBitsScalar;
 extern const NBitsKernels kNBitsAvx2;
 extern const NBitsKernels kNBitsAvx512Vnni;
 extern const NBitsKernels kNBitsNeon;
+extern const NBitsKernels kNBitsNeonDotprod;
 
 // int8 level, the same for every ISA: scale[groups], correction[groups * 4], q (128 a group, plane by plane).
 // Codes are unsigned: with z = 2^(bits - 1), sum((code - z) * q) = sum(code * q) - z * sum(q), and -z * sum(q) of each

@@ -16,10 +16,11 @@ const KernelTable kKernelsAvx512Vnni = {"avx512vnni", &kBinaryAvx512Vnni, &kActi
 const KernelTable kKernelsAvx512Vbmi = {"avx512vbmi", &kBinaryAvx512Vbmi, &kActivationsAvx512, &kAttentionAvx512Vnni,
                                         &kNBitsAvx512Vnni};
 #elif defined(FBIEDGE_ARM64)
-const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionNeon, &kNBitsScalar};
+const KernelTable kKernelsNeon = {"neon", &kBinaryNeon, &kActivationsNeon, &kAttentionNeon, &kNBitsNeon};
 const KernelTable kKernelsNeonDotprod = {"neon_dotprod", &kBinaryNeonDotprod, &kActivationsNeon, &kAttentionNeon,
-                                         &kNBitsNeon};
-const KernelTable kKernelsNeonI8mm = {"neon_i8mm", &kBinaryNeonI8mm, &kActivationsNeon, &kAttentionNeon, &kNBitsNeon};
+                                         &kNBitsNeonDotprod};
+const KernelTable kKernelsNeonI8mm = {"neon_i8mm", &kBinaryNeonI8mm, &kActivationsNeon, &kAttentionNeon,
+                                      &kNBitsNeonDotprod};
 #endif
 
 }  // namespace fbiedge

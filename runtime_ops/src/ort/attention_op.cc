@@ -52,10 +52,10 @@ class AttentionKernel final : public OpKernel {
             fail("qkv has shape " + to_string(qkv.dims) + ", expected [batch, tokens, " + std::to_string(width) + "]");
         }
         const int64_t batch = qkv.dims[0], tokens = qkv.dims[1];
-        const int64_t past = past_length(context, batch);
+        const Past past = read_past(context, batch);
         const std::vector<size_t> first = first_positions(context, batch, tokens);
         const int64_t total = total_length(context, first, tokens);
-        const int64_t length = std::max(past, total);
+        const int64_t length = std::max(past.length, total);
 
         Attention a = {};
         a.batch = static_cast<size_t>(batch);
@@ -73,11 +73,10 @@ class AttentionKernel final : public OpKernel {
         a.qkv = static_cast<const float*>(qkv.data);
         a.first = first.data();
         const size_t d = node_.d;
-        a.keys = static_cast<int8_t*>(present(context, kPastKey, kPresentKey, length, d));
-        a.values = static_cast<int8_t*>(present(context, kPastValue, kPresentValue, length, d));
-        a.key_scales = static_cast<float*>(present(context, kPastKeyScale, kPresentKeyScale, length, sizeof(float)));
-        a.value_scales =
-            static_cast<float*>(present(context, kPastValueScale, kPresentValueScale, length, sizeof(float)));
+        a.keys = static_cast<int8_t*>(present(context, past, 0, length, d));
+        a.values = static_cast<int8_t*>(present(context, past, 1, length, d));
+        a.key_scales = static_cast<float*>(present(context, past, 2, length, sizeof(float)));
+        a.value_scales = static_cast<float*>(present(context, past, 3, length, sizeof(float)));
         a.out = static_cast<float*>(output(api_, context, kOut, {batch, tokens, signed_size(node_.heads * d)}));
         Pool pool(api_, context, threads());
         if (!attention(a, kernels_, pool.parallel())) pool.fail(who_);
@@ -87,14 +86,21 @@ class AttentionKernel final : public OpKernel {
     [[noreturn]] void fail(const std::string& message) const { throw OpError{who_ + ": " + message}; }
     static int64_t signed_size(size_t size) { return static_cast<int64_t>(size); }
 
-    int64_t past_length(OrtKernelContext* context, int64_t batch) const {
-        const std::vector<int64_t> keys = input(api_, context, kPastKey).dims;
-        const int64_t past = keys.size() == 4 ? keys[2] : 0, kv_heads = signed_size(node_.kv_heads);
+    struct Past {
+        int64_t length;
+        TensorView tensors[4];  // keys, values and their scales
+    };
+
+    Past read_past(OrtKernelContext* context, int64_t batch) const {
+        Past past;
+        for (size_t i = 0; i < 4; ++i) past.tensors[i] = input(api_, context, kPastKey + i);
+        const std::vector<int64_t>& keys = past.tensors[0].dims;
+        past.length = keys.size() == 4 ? keys[2] : 0;
         const char* const names[] = {"past_key", "past_value", "past_key_scale", "past_value_scale"};
         for (size_t i = 0; i < 4; ++i) {
-            std::vector<int64_t> expected = {batch, kv_heads, past};
+            std::vector<int64_t> expected = {batch, signed_size(node_.kv_heads), past.length};
             if (i < 2) expected.push_back(signed_size(node_.d));
-            const std::vector<int64_t> dims = i == 0 ? keys : input(api_, context, kPastKey + i).dims;
+            const std::vector<int64_t>& dims = past.tensors[i].dims;
             if (dims != expected) {
                 fail(std::string(names[i]) + " has shape " + to_string(dims) + ", expected " + to_string(expected));
             }
@@ -136,12 +142,13 @@ class AttentionKernel final : public OpKernel {
         return total;
     }
 
-    // An output of `length` rows for each KV head, with the past's rows in it. Nothing is copied where both are one.
-    void* present(OrtKernelContext* context, size_t past_index, size_t index, int64_t length, size_t row_bytes) const {
-        const TensorView past = input(api_, context, past_index);
+    // Output `i` of the four, of `length` rows for each KV head, with the past's rows in it. Nothing is copied where
+    // both are one.
+    void* present(OrtKernelContext* context, const Past& pasts, size_t i, int64_t length, size_t row_bytes) const {
+        const TensorView& past = pasts.tensors[i];
         std::vector<int64_t> dims = past.dims;
         dims[2] = length;
-        auto* to = static_cast<uint8_t*>(output(api_, context, index, dims));
+        auto* to = static_cast<uint8_t*>(output(api_, context, kPresentKey + i, dims));
         const auto* from = static_cast<const uint8_t*>(past.data);
         const size_t past_bytes = static_cast<size_t>(past.dims[2]) * row_bytes;
         const size_t bytes = static_cast<size_t>(length) * row_bytes;
