@@ -54,9 +54,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def fp32_model(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with fp32 activations everywhere; its weights are the bundled ones."""
+    """The bundled model with fp32 activations and an fp32 KV cache; its weights are the bundled ones."""
     path = tmp_path_factory.mktemp("fp32") / "model.onnx"
-    export_onnx(weights, path, accuracy_level="fp32")
+    export_onnx(weights, path, accuracy_level="fp32", kv_cache="fp32")
     return path
 
 
