@@ -24,9 +24,10 @@ test-native-asan: $(VENV)/dev.stamp  ## the native tests under the address, unde
 	$(call native,tsan,-DCMAKE_BUILD_TYPE=Debug -DFBIEDGE_SANITIZE=thread -DFBIEDGE_BUILD_BENCH=OFF)
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure
 
-bench-ops: $(VENV)/dev.stamp  ## the kernels against the machine's speed of reading and multiplying; last line JSON
+bench-ops: $(VENV)/dev.stamp  ## the kernels against the machine's speed of reading and multiplying; JSON ends each part
 	$(call native,ops,-DCMAKE_BUILD_TYPE=Release -DFBIEDGE_BUILD_TESTS=OFF) >&2
 	@build/ops/bench_binary_matmul $(foreach shapes,$(wildcard runtime_ops/bench/shapes/*.txt),--file $(shapes))
+	@build/ops/bench_matmul_nbits 1x32000x768 1x32000x2048 1x32000x4096 128x32000x768
 
 # llama.cpp is built from source for this machine, which takes 10 minutes and more; its packages stay out of $(VENV).
 # `make bench-peers PEER_OPTIONS='--preset 1.3b'`; the script says what else there is.
