@@ -199,7 +199,8 @@ def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
                 yield Step(done=len(plan) * (1 + repetition) + index, total=total)
                 seconds[index].append(float(workers[index].ask(kind)["seconds"]))
             for count in threads:
-                speeds[count].append((loop.memory(count), loop.mapped_file(count)))
+                used = min(count, default_threads())
+                speeds[count].append((loop.memory(used), loop.mapped_file(used)))
         peaks = [worker.ask("memory")["peak_rss_bytes"] for worker in workers]
     bandwidth = {count: _bandwidth(count, samples) for count, samples in speeds.items()}
     started = workers[0].started

@@ -222,12 +222,14 @@ class Session:
         """One step of at most CHUNK tokens -> the last `keep` rows of logits [keep, vocab], valid until the next run."""
         length, binding = len(ids), self._binding
         total = self.position + length
+        # Ctrl-C may come between any two steps: what is noted as bound was bound, and memory that is bound stays alive.
         if (length, keep) != self._bound:
-            if keep > self._logits.shape[1]:
-                self._logits = np.zeros((1, keep, self.config.vocab_size), np.float32)
-            logits_shape = (1, keep, self.config.vocab_size)
+            self._bound = (0, 0)
+            shape = (1, keep, self.config.vocab_size)
+            logits = self._logits if keep <= self._logits.shape[1] else np.zeros(shape, np.float32)
             binding.bind_input("input_ids", "cpu", 0, np.int64, (1, length), self._input_ids.ctypes.data)
-            binding.bind_output("logits", "cpu", 0, np.float32, logits_shape, self._logits.ctypes.data)
+            binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
+            self._logits = logits
             self._keep[0] = keep
             self._bound = (length, keep)
         self._input_ids[0, :length] = ids
@@ -235,6 +237,7 @@ class Session:
         self._attention_mask[0, self.position : total] = 1
         self._attention_mask[0, total:seen] = 0
         if seen != self._mask_length:
+            self._mask_length = 0
             binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, seen), self._attention_mask.ctypes.data)
             self._mask_length = seen
         try:

@@ -328,7 +328,7 @@ def print_bench(report: BenchReport) -> None:
         "of reading",
         "peak RSS MB",
         "load s",
-        "first token s",
+        "first single token s",
     ):
         table.add_column(heading, justify="right" if heading else "left")
     for row in report.measurements:

@@ -173,7 +173,7 @@ bool attention(const Attention& a, const AttentionKernels& kernels, const Parall
     const bool small = heads * (head_bytes + kHeadBytes) * ceil_div(n_queries, 4) < kSerialBytes;
     const ParallelFor& used = small ? serial() : parallel;
 
-    work.prepares = a.tokens == 1 && !worth_cutting;
+    work.prepares = a.tokens == 1 && !worth_cutting && n_queries <= kMaxQueries;
     const size_t chunks = ceil_div(a.tokens, kPrepareTokens);
     if (!work.prepares && !run(used, a.batch * chunks, store_piece, &work)) return false;
     if (!worth_cutting) {

@@ -14,7 +14,7 @@ namespace {
 // Prepared tokens of a chunk stay in a core's L2 cache (fp32 tables are 11 to 16 bytes an input).
 constexpr size_t kChunkBytes = 512 * 1024;
 // Work is measured in packed bytes times tokens: 20 KB are about a microsecond. Below kSerialBytes, handing it out
-// costs more than it saves. A piece is never shorter than kPieceBytes, and there are no more than kMostPieces.
+// costs more than it saves. Pieces are about kPieceBytes long, and there are no more than kMostPieces.
 constexpr size_t kSerialBytes = 96 * 1024;
 constexpr size_t kPieceBytes = 48 * 1024;
 constexpr size_t kMostPieces = 64;

@@ -1,7 +1,7 @@
 #include "thread_pool.h"
 
 #include <algorithm>
-#include <system_error>
+#include <exception>
 
 #include "patience.h"
 
@@ -31,8 +31,8 @@ ThreadPool::ThreadPool(size_t threads) {
     try {
         workers_.reserve(threads > 1 ? threads - 1 : 0);
         while (workers_.size() + 1 < threads) workers_.emplace_back([this] { work(); });
-    } catch (const std::system_error&) {
-        return;  // works with what it got
+    } catch (const std::exception&) {
+        return;  // no more threads, or no memory for one: works with what it got
     }
 }
 

@@ -228,11 +228,10 @@ void test_a_long_text() {
     }
 }
 
-void test_threads_do_not_change_the_result() {
-    const Problem p(2, 400, 4, 2, 64);
+void test_threads_do_not_change_the_result(const Problem& p) {
     const AvailableKernels& kernels = available_kernels();
-    const Result expected = run(p, *kernels.tables[0]->attention, 400);
-    for (const size_t chunk : {400, 100, 399}) {  // 399: then one token
+    const Result expected = run(p, *kernels.tables[0]->attention, p.tokens);
+    for (const size_t chunk : {p.tokens, p.tokens / 4, p.tokens - 1}) {  // the last: then one token
         const Result r = run(p, *kernels.tables[0]->attention, chunk, {run_backwards_on_threads, nullptr});
         expect(same(r, expected), "threads change the result", std::to_string(chunk));
     }
@@ -307,7 +306,8 @@ void test_a_failing_parallel_for_is_reported() {
 int main() {
     test_sizes();
     test_a_long_text();
-    test_threads_do_not_change_the_result();
+    test_threads_do_not_change_the_result(Problem(2, 400, 4, 2, 64));
+    test_threads_do_not_change_the_result(Problem(1, 9, 40, 1, 64));  // a token in several pieces of one head
     test_small_shares_count();
     test_not_a_number_reaches_only_what_sees_it();
     test_a_failing_parallel_for_is_reported();

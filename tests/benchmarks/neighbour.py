@@ -1,8 +1,8 @@
-"""`make bench-neighbour MODEL=model.onnx`: what decode loses when another process keeps one core busy.
+"""`make bench-neighbour ONNX=model.onnx`: what decode loses when another process keeps one core busy.
 
 For each number of threads, quiet and busy take turns: decode for a while alone, then beside a process that computes
-without pause, which the scheduler may put on any core. More threads than cores is one of the rows, because there the
-threads are each other's neighbours. Printed are medians, the spread, and busy ÷ quiet; the last line is JSON.
+without pause, which the scheduler may put on any core. More threads than cores is one of the rows, to show that no more
+than cores are used. Printed are medians, the spread, and busy ÷ quiet; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
                 busy.append(decode_speed(session))
         alone, beside = Spread.of(quiet), Spread.of(busy)
         ratio = beside.median / alone.median
-        rows.append({"threads": threads, "quiet": asdict(alone), "busy": asdict(beside), "ratio": ratio})
+        rows.append({"threads": threads, "threads_used": session.threads, "quiet": asdict(alone), "busy": asdict(beside), "ratio": ratio})
         texts = [f"{s.median:.0f} ({s.minimum:.0f}–{s.maximum:.0f})" for s in (alone, beside)]
         print(f"{threads:>8}{texts[0]:>24}{texts[1]:>24}{ratio:>14.2f}", flush=True)
         del session

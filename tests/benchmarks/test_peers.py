@@ -34,7 +34,8 @@ def test_codes_are_the_signs_around_the_zero_point(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_stock_models_compute_what_ours_does(bits: int, tmp_path: Path) -> None:
-    weights, exact = peer_models.RandomWeights(BLOCK), {"accuracy_level": "fp32", "head": "fp32"}
+    weights = peer_models.RandomWeights(BLOCK)
+    exact = {"accuracy_level": "fp32", "head": "fp32", "kv_cache": "fp32"}
     export_onnx(weights, tmp_path / "ours.onnx", block_scales="fp32", **exact)  # type: ignore[arg-type]
     options = peer_models.ExportOptions(**exact)  # type: ignore[arg-type]
     peer_models.write_stock_onnx(weights, tmp_path / "stock.onnx", bits=bits, options=options)

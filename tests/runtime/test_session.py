@@ -6,8 +6,10 @@ import mmap
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -178,6 +180,55 @@ def test_more_threads_than_cores_are_not_used(plain_model: Path) -> None:
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(plain_model: Path, expected: np.ndarray, threads: int, engine: str) -> None:
     np.testing.assert_allclose(Session.open(plain_model, threads=threads).all_logits(IDS), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["input_ids", "logits", "attention_mask"])
+def test_an_interrupt_while_binding_leaves_the_session_usable(plain_model: Path, name: str, after: bool) -> None:
+    """Ctrl-C can come before or after any one call; what follows computes as if the interrupted run hadn't been."""
+
+    class Interrupted:
+        def __init__(self, binding: object) -> None:
+            self.binding, self.armed = binding, False
+
+        def __getattr__(self, method: str) -> object:
+            def call(*arguments: object) -> object:
+                stop = self.armed and arguments[:1] == (name,)
+                if not stop or after:
+                    getattr(self.binding, method)(*arguments)
+                if stop:
+                    self.armed = False
+                    raise KeyboardInterrupt
+                return None
+
+            return call if method.startswith("bind_") else getattr(self.binding, method)
+
+    class Onnx:
+        """Runs with the binding itself, as ONNX Runtime takes no other object."""
+
+        def __init__(self, onnx_session: Any) -> None:
+            self.onnx_session = onnx_session
+
+        def run_with_iobinding(self, interrupted: Any) -> None:
+            self.onnx_session.run_with_iobinding(interrupted.binding)
+
+    session, undisturbed = Session.open(plain_model, threads=1), Session.open(plain_model, threads=1)
+    expected = undisturbed.all_logits(IDS)
+    session.forward(IDS[:3])
+    binding = Interrupted(session._binding)
+    session._binding, session._onnx = binding, Onnx(session._onnx)
+    binding.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        session.all_logits(IDS[3:10])
+    session.truncate(2)
+    np.testing.assert_array_equal(session.forward([IDS[2]]), undisturbed_row(undisturbed, IDS[:3]))
+    np.testing.assert_allclose(session.all_logits(IDS[3:]), expected[3:], **ROUNDING)
+
+
+def undisturbed_row(session: Session, ids: Sequence[int]) -> np.ndarray:
+    session.truncate(0)
+    session.forward(ids[:2])
+    return session.forward(ids[2:])
 
 
 def test_two_sessions_of_one_file_are_independent(plain_model: Path, expected: np.ndarray, engine: str) -> None:

@@ -175,6 +175,10 @@ def test_a_malformed_node_is_refused_with_one_clear_line(attributes: Any, tensor
             {"seqlens_k": np.array([600], np.int32), "total_sequence_length": np.array(601, np.int32)},
             "the sequence is 601 tokens long, cos_cache has 600 positions",
         ),
+        (
+            {"seqlens_k": np.array([20], np.int32), "total_sequence_length": np.array(21, np.int32)},
+            "seqlens_k says that a row begins at position 19, past has 8 rows",
+        ),
     ],
 )  # fmt: skip
 def test_a_malformed_call_is_refused_and_the_session_survives(change: dict[str, np.ndarray], message: str) -> None:

@@ -54,7 +54,7 @@ class AttentionKernel final : public OpKernel {
         const int64_t batch = qkv.dims[0], tokens = qkv.dims[1];
         const Past past = read_past(context, batch);
         const std::vector<size_t> first = first_positions(context, batch, tokens);
-        const int64_t total = total_length(context, first, tokens);
+        const int64_t total = total_length(context, first, tokens, past.length);
         const int64_t length = std::max(past.length, total);
 
         Attention a = {};
@@ -122,7 +122,8 @@ class AttentionKernel final : public OpKernel {
         return first;
     }
 
-    int64_t total_length(OrtKernelContext* context, const std::vector<size_t>& first, int64_t tokens) const {
+    int64_t total_length(OrtKernelContext* context, const std::vector<size_t>& first, int64_t tokens,
+                         int64_t past) const {
         const TensorView view = input(api_, context, kTotal);
         size_t count = 1;
         for (const int64_t dim : view.dims) count *= static_cast<size_t>(dim);
@@ -137,6 +138,10 @@ class AttentionKernel final : public OpKernel {
             if (end > signed_size(node_.context)) {
                 fail("the sequence is " + std::to_string(end) + " tokens long, cos_cache has " +
                      std::to_string(node_.context) + " positions");
+            }
+            if (signed_size(position) > past) {
+                fail("seqlens_k says that a row begins at position " + std::to_string(position) + ", past has " +
+                     std::to_string(past) + " rows");
             }
         }
         return total;

@@ -25,8 +25,8 @@ const OpDefinition* const kDefinitions[] = {&kBinaryMatMulOp, &kBinaryQkvOp, &kB
                                             &kGroupQueryAttentionOp};
 
 // ONNX Runtime keeps pointers to the ops and their domain for as long as options and sessions live, and doesn't say
-// when that ends. So each of the few combinations is made once and kept: kernels x override x ONNX Runtimes in the
-// process.
+// when that ends. So each of the few combinations that occur is made once and kept: kernels x override x threads x ONNX
+// Runtimes in the process.
 struct Domain {
     Environment environment;
     std::list<CustomOp> ops;
