@@ -70,7 +70,15 @@ def main() -> None:
                 busy.append(decode_speed(session))
         alone, beside = Spread.of(quiet), Spread.of(busy)
         ratio = beside.median / alone.median
-        rows.append({"threads": threads, "threads_used": session.threads, "quiet": asdict(alone), "busy": asdict(beside), "ratio": ratio})
+        rows.append(
+            {
+                "threads": threads,
+                "threads_used": session.threads,
+                "quiet": asdict(alone),
+                "busy": asdict(beside),
+                "ratio": ratio,
+            }
+        )
         texts = [f"{s.median:.0f} ({s.minimum:.0f}–{s.maximum:.0f})" for s in (alone, beside)]
         print(f"{threads:>8}{texts[0]:>24}{texts[1]:>24}{ratio:>14.2f}", flush=True)
         del session
