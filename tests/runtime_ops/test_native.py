@@ -110,7 +110,10 @@ def test_shapes_to_measure_are_those_of_the_presets() -> None:
 # Arm processors and the kernels that must be chosen there, best first: Raspberry Pi 4, a server without smmla, everything
 # that the emulator knows. The other tests run where their kernels differ from those of a processor before.
 EMULATED = {
-    "cortex-a72": (("neon", "scalar"), ("test_binary_matmul", "test_activations", "test_attention")),
+    "cortex-a72": (
+        ("neon", "scalar"),
+        ("test_binary_matmul", "test_activations", "test_attention", "test_matmul_nbits"),
+    ),
     "neoverse-n1": (("neon_dotprod", "neon", "scalar"), ("test_binary_matmul", "test_matmul_nbits")),
     "max": (("neon_i8mm", "neon_dotprod", "neon", "scalar"), ("test_binary_matmul", "test_binary_layer")),
 }
