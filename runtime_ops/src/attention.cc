@@ -149,12 +149,6 @@ void merge_piece(void* data, size_t index) {
     finish(work, head_at(work, index), 0, work.n_queries, states);
 }
 
-bool run(const ParallelFor& parallel, size_t count, void (*fn)(void*, size_t), void* data) {
-    if (count > 1) return parallel.run(parallel.context, count, fn, data);
-    if (count == 1) fn(data, 0);
-    return true;
-}
-
 }  // namespace
 
 bool attention(const Attention& a, const AttentionKernels& kernels, const ParallelFor& parallel) {
@@ -175,10 +169,10 @@ bool attention(const Attention& a, const AttentionKernels& kernels, const Parall
 
     work.prepares = a.tokens == 1 && !worth_cutting && n_queries <= kMaxQueries;
     const size_t chunks = ceil_div(a.tokens, kPrepareTokens);
-    if (!work.prepares && !run(used, a.batch * chunks, store_piece, &work)) return false;
+    if (!work.prepares && !run_pieces(used, a.batch * chunks, store_piece, &work)) return false;
     if (!worth_cutting) {
         work.pieces = ceil_div(n_queries, kMaxQueries);
-        return run(used, heads * work.pieces, attend_piece, &work);
+        return run_pieces(used, heads * work.pieces, attend_piece, &work);
     }
     work.blocks = ceil_div(longest, kBlockTokens);
     work.blocks_per_piece = std::max<size_t>(piece_bytes / (2 * kBlockTokens * a.d), 1);
@@ -186,7 +180,8 @@ bool attention(const Attention& a, const AttentionKernels& kernels, const Parall
     const std::unique_ptr<AttentionState[]> states(new (std::nothrow) AttentionState[heads * work.blocks * n_queries]);
     if (!states) return false;
     work.states = states.get();
-    return run(used, heads * work.pieces, attend_blocks_piece, &work) && run(used, heads, merge_piece, &work);
+    return run_pieces(used, heads * work.pieces, attend_blocks_piece, &work) &&
+           run_pieces(used, heads, merge_piece, &work);
 }
 
 }  // namespace fbiedge

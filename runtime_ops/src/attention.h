@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_kernels.h"
-#include "binary_matmul.h"
+#include "parallel.h"
 
 namespace fbiedge {
 

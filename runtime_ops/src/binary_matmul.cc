@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "activation_kernels.h"
+#include "token_buffer.h"
 
 namespace fbiedge {
 namespace {
@@ -21,24 +20,6 @@ constexpr size_t kMostPieces = 64;
 constexpr size_t kPieceTiles = 4;            // a multiple of the most tiles that a kernel computes side by side
 constexpr size_t kPrepareBytes = 16 * 1024;  // input bytes below which preparing tokens in parallel doesn't pay
 constexpr size_t kScratchFloats = kMaxTokens * kPieceTiles * kTileRows;
-
-// Prepared tokens: on the stack where they fit, as one token at the int8 level does, so that decoding allocates
-// nothing.
-class TokenBuffer {
-  public:
-    explicit TokenBuffer(size_t bytes)
-        : heap_(bytes > sizeof stack_ ? ::operator new(bytes, std::align_val_t(kAlignment), std::nothrow) : nullptr),
-          data_(bytes > sizeof stack_ ? static_cast<uint8_t*>(heap_) : stack_) {}
-    ~TokenBuffer() { ::operator delete(heap_, std::align_val_t(kAlignment)); }
-    TokenBuffer(const TokenBuffer&) = delete;
-    TokenBuffer& operator=(const TokenBuffer&) = delete;
-    uint8_t* data() { return data_; }
-
-  private:
-    alignas(kAlignment) uint8_t stack_[16 * 1024];
-    void* heap_;
-    uint8_t* data_;
-};
 
 // A chunk of tokens through a layer.
 struct Work {
@@ -202,17 +183,6 @@ void swiglu_piece(void* data, size_t index) {
     }
 }
 
-bool run(const ParallelFor& parallel, size_t count, void (*fn)(void*, size_t), void* data) {
-    if (count > 1) return parallel.run(parallel.context, count, fn, data);
-    if (count == 1) fn(data, 0);
-    return true;
-}
-
-bool run_serially(void*, size_t count, void (*fn)(void*, size_t), void* data) {
-    for (size_t i = 0; i < count; ++i) fn(data, i);
-    return true;
-}
-
 // Tiles of a piece. An even number of pieces, as two threads are the least that share them.
 size_t piece_tiles(size_t tiles, size_t work_bytes) {
     if (work_bytes < kSerialBytes) return tiles;
@@ -221,8 +191,6 @@ size_t piece_tiles(size_t tiles, size_t work_bytes) {
 }
 
 }  // namespace
-
-ParallelFor serial() { return {run_serially, nullptr}; }
 
 BinaryLayer::BinaryLayer(const BinaryMatrix* parts, size_t count, Join join, const RmsNorm& norm)
     : count_(count), join_(join), norm_(norm) {
@@ -276,10 +244,10 @@ bool BinaryLayer::run(const KernelTable& kernels, AccuracyLevel accuracy, const 
         work.y = y + first * outputs_;
         work.residual = residual ? residual + first * outputs_ : nullptr;
         const bool small = work.m * k() * sizeof(float) * preparations_ < kPrepareBytes;
-        if (!fbiedge::run(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
+        if (!run_pieces(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
         work.tiles_per_piece = piece_tiles(tiles, tiles * tile_row_bytes * work.m);
         const size_t pieces = ceil_div(tiles, work.tiles_per_piece);
-        if (!fbiedge::run(parallel, pieces, swiglu ? swiglu_piece : concat_piece, &work)) return false;
+        if (!run_pieces(parallel, pieces, swiglu ? swiglu_piece : concat_piece, &work)) return false;
     }
     return true;
 }

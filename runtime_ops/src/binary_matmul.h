@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "parallel.h"
 
 namespace fbiedge {
 
@@ -24,13 +25,6 @@ struct BinaryMatrix {
     bool block_fp16;
     const float* bias;  // [N] or null
 };
-
-// Runs fn(data, i) for i = 0..count-1, on any threads in any order; returns false when it could not.
-struct ParallelFor {
-    bool (*run)(void* context, size_t count, void (*fn)(void* data, size_t i), void* data);
-    void* context;
-};
-ParallelFor serial();
 
 struct RmsNorm {
     const float* weight;  // [K], gamma; null: no norm

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
+
+#include "token_buffer.h"
 
 namespace fbiedge {
 namespace {
@@ -12,11 +12,6 @@ namespace {
 constexpr size_t kPieceBytes = 128 * 1024;
 constexpr size_t kPieceTiles = 4;            // a multiple of the most tiles that a kernel computes side by side
 constexpr size_t kPrepareBytes = 16 * 1024;  // input bytes below which preparing tokens in parallel doesn't pay
-
-struct AlignedDelete {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
-};
-using AlignedBytes = std::unique_ptr<uint8_t, AlignedDelete>;
 
 struct Work {
     const NBitsMatrix& matrix;
@@ -73,12 +68,6 @@ void multiply_piece(void* data, size_t index) {
     if (last > whole_tiles) multiply_partial_tile(work, whole_tiles);
 }
 
-bool run(const ParallelFor& parallel, size_t count, void (*fn)(void*, size_t), void* data) {
-    if (count > 1) return parallel.run(parallel.context, count, fn, data);
-    if (count == 1) fn(data, 0);
-    return true;
-}
-
 }  // namespace
 
 bool matmul_nbits(const NBitsMatrix& matrix, const NBitsLevelKernels& kernels, const float* x, size_t m, float* y,
@@ -86,11 +75,10 @@ bool matmul_nbits(const NBitsMatrix& matrix, const NBitsLevelKernels& kernels, c
     if (m == 0) return true;
     const size_t token_bytes = kernels.token_bytes(matrix.k);
     const size_t chunk = std::min(kMaxTokens, m);
-    const AlignedBytes tokens(
-        static_cast<uint8_t*>(::operator new(chunk * token_bytes, std::align_val_t(kAlignment), std::nothrow)));
-    if (!tokens) return false;
+    TokenBuffer tokens(chunk * token_bytes);
+    if (!tokens.data()) return false;
 
-    Work work = {matrix, kernels, x, 0, y, tokens.get(), token_bytes, 0};
+    Work work = {matrix, kernels, x, 0, y, tokens.data(), token_bytes, 0};
     const size_t n_tiles = ceil_div(matrix.n, kTileRows);
     const size_t tile_bytes = ceil_div(matrix.k, kGroupInputs) * nbits_group_bytes(matrix.bits);
     for (size_t first = 0; first < m; first += chunk) {
@@ -98,10 +86,10 @@ bool matmul_nbits(const NBitsMatrix& matrix, const NBitsLevelKernels& kernels, c
         work.x = x + first * matrix.k;
         work.y = y + first * matrix.n;
         const bool small = work.m * matrix.k * sizeof(float) < kPrepareBytes;
-        if (!run(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
+        if (!run_pieces(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
         const size_t tiles = ceil_div(kPieceBytes, tile_bytes * work.m);
         work.tiles_per_piece = ceil_div(tiles, kPieceTiles) * kPieceTiles;
-        if (!run(parallel, ceil_div(n_tiles, work.tiles_per_piece), multiply_piece, &work)) return false;
+        if (!run_pieces(parallel, ceil_div(n_tiles, work.tiles_per_piece), multiply_piece, &work)) return false;
     }
     return true;
 }

@@ -14,8 +14,6 @@
 #include <thread>
 #include <vector>
 
-#include "binary_matmul.h"
-
 namespace fbiedge {
 
 class ThreadPool {

@@ -9,21 +9,12 @@
 #include <vector>
 
 #include "activation_kernels.h"
+#include "check.h"
 #include "dispatch.h"
 
 using namespace fbiedge;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool condition, const char* what, const std::string& where) {
-    ++checks;
-    if (condition) return;
-    ++failures;
-    std::printf("FAILED: %s (%s)\n", what, where.c_str());
-}
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);

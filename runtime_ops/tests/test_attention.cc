@@ -13,21 +13,12 @@
 #include <vector>
 
 #include "attention.h"
+#include "check.h"
 #include "dispatch.h"
 
 using namespace fbiedge;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool condition, const char* what, const std::string& where) {
-    ++checks;
-    if (condition) return;
-    ++failures;
-    std::printf("FAILED: %s (%s)\n", what, where.c_str());
-}
 
 std::mt19937 generator(20240707);
 std::vector<float> random_floats(size_t count, float size) {

@@ -13,22 +13,13 @@
 #include <vector>
 
 #include "binary_matmul.h"
+#include "check.h"
 #include "dispatch.h"
 #include "fbiedge_ops.h"
 
 using namespace fbiedge;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool condition, const char* what, const std::string& where) {
-    ++checks;
-    if (condition) return;
-    ++failures;
-    std::printf("FAILED: %s (%s)\n", what, where.c_str());
-}
 
 std::mt19937 generator(20240707);
 float uniform(float low, float high) {

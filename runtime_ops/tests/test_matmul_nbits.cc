@@ -11,22 +11,13 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "matmul_nbits.h"
 
 using namespace fbiedge;
 
 namespace {
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool condition, const char* what, const std::string& where) {
-    ++checks;
-    if (condition) return;
-    ++failures;
-    std::printf("FAILED: %s (%s)\n", what, where.c_str());
-}
 
 std::mt19937 generator(20240707);
 float uniform(float low, float high) {

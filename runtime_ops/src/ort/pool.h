@@ -1,6 +1,7 @@
 // The threads of a session as the library's parallel-for: its own, or ONNX Runtime's.
 #pragma once
 
+#include "../parallel.h"
 #include "../thread_pool.h"
 #include "api.h"
 
