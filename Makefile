@@ -81,7 +81,10 @@ $(VENV)/runtime.stamp: $(NATIVE) | $(BIN)/python
 	@$(PIP) --editable .
 	@touch $@
 
+# llama-cpp-python comes as source; without its image models it takes about 5 minutes on two cores, once.
 $(VENV)/dev.stamp: $(NATIVE) | $(BIN)/python
+	@echo "setting up $(VENV): llama.cpp (minutes, the first time), packages and the op library"
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(PIP) llama-cpp-python
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/runtime.stamp
 
