@@ -8,13 +8,13 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, cli_export
+from .cli_support import extra
 from .errors import FbiEdgeError, UsageError
 
 app = typer.Typer(
@@ -206,59 +206,14 @@ def init(
         raise UsageError(
             f"{output} holds a checkpoint already, which random weights would replace; choose a new folder"
         )
-    with _extra("export"):
+    with extra("export"):
         from .initialize import init_checkpoint
     with terminal.progress_bar("writing") as update:
         init_checkpoint(replace(shape, scaling_pattern=scaling_pattern), output, seed, update)  # type: ignore[arg-type]
     terminal.print_text(f"wrote {output}")
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="checkpoint folder (FBI-LLM's or Hugging Face's form), or a model.onnx of ours")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
-    to: Annotated[str, typer.Option(help="format: onnx")] = "onnx",
-    accuracy_level: Annotated[str, typer.Option(help="activations: int8 or fp32")] = "int8",
-    head: Annotated[str, typer.Option(help="lm_head: int8, int4 or fp32")] = "int8",
-    embedding: Annotated[str, typer.Option(help="embedding: fp32 or fp16")] = "fp32",
-    kv_cache: Annotated[
-        str | None, typer.Option(help="keys and values: int8 or fp32; default: int8 where the heads allow it")
-    ] = None,
-    verify_text: Annotated[
-        Path | None, typer.Option(help="text to measure the loss on; default: a built-in one")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json to put into the model; default: the checkpoint's")
-    ] = None,
-) -> None:
-    """Export a checkpoint to a model.onnx, check it against the reference, and print what was lost."""
-    from dataclasses import replace
-
-    from . import terminal
-    from .weights import open_checkpoint
-
-    if to != "onnx":
-        raise UsageError(f"format is {to!r}, expected onnx")
-    if output.is_file() and output.suffix != ".onnx":
-        raise UsageError(f"{output} exists and is not a .onnx file; choose another name for the model")
-    text = _read_text(verify_text) if verify_text else None
-    brought = {"tokenizer.json": _read_text(tokenizer)} if tokenizer else {}
-    with _extra("export"):
-        exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
-    # A model.onnx goes the same way again, to change its accuracy level or the form of its head.
-    weights: Any = exporter.open_onnx(checkpoint) if checkpoint.suffix == ".onnx" else open_checkpoint(checkpoint)
-    weights = replace(weights, files={**weights.files, **brought})
-    if "tokenizer.json" not in weights.files:
-        terminal.print_warning(_no_tokenizer(checkpoint))
-    ids = exporter.default_text_ids(weights, text)
-    with terminal.progress_bar("exporting") as update:
-        report = exporter.export_onnx(
-            weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding, kv_cache=kv_cache,
-            progress=lambda _name, done, total: update(done, total), verify_on=ids,
-        )  # fmt: skip
-    terminal.print_export(report)
+app.command()(cli_export.export)
 
 
 @app.command(
@@ -266,7 +221,7 @@ def export(
 )
 def train(context: typer.Context) -> None:
     """Train a model: teacher, tokenizer, distillation. `fbiedge train --help` lists the steps."""
-    with _extra("train"):
+    with extra("train"):
         importlib.import_module("torch")
         training: Any = importlib.import_module("fbiedge.training.cli")
     raise typer.Exit(training.main(context.args))
@@ -287,14 +242,6 @@ def _open_session(model: Path | None, threads: int | None, accuracy_level: str |
                 f"{session.accuracy_level}; export it with --accuracy-level {accuracy_level}"
             )
     return session
-
-
-def _no_tokenizer(checkpoint: Path) -> str:
-    """What to do about a checkpoint without tokenizer.json."""
-    advice = "give one with --tokenizer FILE"
-    if (checkpoint / "tokenizer.model").is_file():
-        advice += ", made from tokenizer.model (SentencePiece) by transformers' AutoTokenizer and save_pretrained"
-    return f"{checkpoint} has no tokenizer.json: it is checked on random ids, and chat and generate won't take it; {advice}"
 
 
 def _bundled_model() -> Path:
@@ -326,24 +273,6 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise UsageError(f"--{option} is {text!r}, expected whole numbers with commas between, such as 1,2") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the text {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-@contextlib.contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Turns a missing package into the extra of this distribution that brings it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] == "fbiedge":
-            raise
-        raise UsageError(f"this needs {error.name}, which isn't installed: pip install 'fbiedge[{name}]'") from error
 
 
 def run(arguments: list[str]) -> int:
