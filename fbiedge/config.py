@@ -1,4 +1,4 @@
-"""ModelConfig: the shape of a Llama, with Hugging Face's field names, read from and written to config.json."""
+"""ModelConfig: the shape of a Llama or a Qwen3, with Hugging Face's field names, read from and written to config.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
 from .errors import CheckpointError, UsageError
+from .rope import RopeScaling, read_rope
+
+ModelType = Literal["llama", "qwen3"]
+_ARCHITECTURES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # How the scales of a binary linear [N, K] are shared. `none`: an ordinary full-precision Llama (teachers, stories260K).
 ScalingPattern = Literal["column", "row", "single", "block", "none"]
@@ -19,7 +23,7 @@ _LARGEST = 2**31 - 1  # ONNX Runtime's attention counts in 32 bits, and so does 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Llama or FBI-LLM. Sizes are counts; `head_dim` defaults to hidden_size / num_attention_heads."""
+    """Shape of a Llama, an FBI-LLM or a Qwen3, which is a Llama with an RMS norm over each head of queries and keys."""
 
     vocab_size: int
     hidden_size: int
@@ -35,6 +39,8 @@ class ModelConfig:
     eos_token_id: int = 2
     tie_word_embeddings: bool = False
     scaling_pattern: ScalingPattern = "column"
+    model_type: ModelType = "llama"
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -59,21 +65,31 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"config: head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs)")
-        if self.scaling_pattern not in get_args(ScalingPattern):
+        for name, allowed in (("scaling_pattern", get_args(ScalingPattern)), ("model_type", get_args(ModelType))):
+            if getattr(self, name) not in allowed:
+                raise CheckpointError(
+                    f"config: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+        factors = self.rope_scaling.factors if self.rope_scaling is not None else ()
+        if factors and len(factors) != self.head_dim // 2:
             raise CheckpointError(
-                f"config: scaling_pattern is {self.scaling_pattern!r}, expected one of {', '.join(get_args(ScalingPattern))}"
+                f"config: RoPE has {len(factors)} factors, expected {self.head_dim // 2}, one for each pair of a head of "
+                f"{self.head_dim}"
             )
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """From config.json's contents: `rope_theta` (older) or `rope_parameters` (newer). Raises CheckpointError."""
+        """From config.json's contents, in the older spelling of RoPE or the newer (see rope.py). Raises CheckpointError."""
         try:
-            if raw.get("model_type", "llama") != "llama":
-                raise CheckpointError(f"config: model_type is {raw['model_type']!r}, expected 'llama'")
+            model_type = raw.get("model_type", "llama")
             if raw.get("hidden_act", "silu") != "silu" or raw.get("attention_bias") or raw.get("mlp_bias"):
                 raise CheckpointError("config: only Llama with SwiGLU (hidden_act 'silu') and no biases is supported")
+            if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
+                raise CheckpointError("config: attention in a sliding window is not supported")
             heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
             eos = 2 if raw.get("eos_token_id") is None else raw["eos_token_id"]
+            positions = raw.get("max_position_embeddings", 2048)
+            rope_theta, rope_scaling = read_rope(raw, positions)
             return cls(
                 vocab_size=raw["vocab_size"],
                 hidden_size=hidden,
@@ -81,14 +97,16 @@ class ModelConfig:
                 num_hidden_layers=raw["num_hidden_layers"],
                 num_attention_heads=heads,
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or hidden // heads,
-                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                head_dim=raw.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
+                max_position_embeddings=positions,
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
-                rope_theta=_rope_theta(raw),
+                rope_theta=rope_theta,
                 bos_token_id=1 if raw.get("bos_token_id") is None else raw["bos_token_id"],
                 eos_token_id=eos[0] if isinstance(eos, list) else eos,
                 tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
                 scaling_pattern=cast(ScalingPattern, raw.get("scaling_pattern", "column")),
+                model_type=model_type,
+                rope_scaling=rope_scaling,
             )
         except KeyError as error:
             raise CheckpointError(f"config: the field {error.args[0]!r} is missing") from error
@@ -97,15 +115,28 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's contents, with RoPE in both spellings so that older and newer readers agree."""
+        fields = asdict(self)
+        del fields["rope_scaling"]
+        scaling = {}
+        if self.rope_scaling is not None:
+            scaling = self.rope_scaling.to_dict()
+            if scaling["rope_type"] == "longrope":
+                scaling["original_max_position_embeddings"] = self.max_position_embeddings
+            fields["rope_scaling"] = scaling
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [_ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            **asdict(self),
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, **scaling},
+            **fields,
         }
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether each head of queries and keys is normalised, with weights q_norm and k_norm [head_dim]."""
+        return self.model_type == "qwen3"
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape [N, K] of each linear of one decoder layer, by its name below `model.layers.{i}.`."""
@@ -133,21 +164,6 @@ class ModelConfig:
             case "block":
                 return (n, -(-k // BLOCK_SIZE))
         raise ValueError("a full-precision model has no scales")
-
-
-def _rope_theta(raw: dict[str, Any]) -> float:
-    """The base of RoPE, however it is spelt. Where both spellings are there, readers would take one or the other."""
-    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    for spelling in (parameters, scaling):
-        kind = spelling.get("rope_type") or spelling.get("type") or "default"
-        if kind != "default":
-            raise CheckpointError(f"config: RoPE of type {kind!r} is not supported, expected 'default'")
-    stated = [float(place["rope_theta"]) for place in (parameters, scaling, raw) if place.get("rope_theta") is not None]
-    if any(theta != stated[0] for theta in stated):
-        raise CheckpointError(
-            f"config: rope_theta is {stated[0]} in one place and {stated[-1]} in another; make them agree"
-        )
-    return stated[0] if stated else 10000.0
 
 
 # The published sizes (FBI-LLM, arXiv 2407.07093, table of architectures) and one small enough for any test.

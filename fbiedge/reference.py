@@ -4,6 +4,8 @@
     each layer:  h += Attention(RMSNorm(h));  h += Mlp(RMSNorm(h))
     logits = RMSNorm(h) · Headᵀ
 
+A Qwen3 is a Llama whose heads of queries and keys are normalised, each by itself, before they are rotated.
+
 Shapes: T new tokens, P tokens already in the KV cache, H heads, G KV heads, D size of a head.
 """
 
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from .config import ModelConfig
 from .errors import UsageError
+from .rope import rope_frequencies
 from .weights import BinaryLinear, Weights
 
 Array = npt.NDArray[Any]  # floats of the dtype chosen
@@ -96,6 +99,9 @@ class Reference:
         query = self._heads(x, f"{prefix}q_proj", config.num_attention_heads)  # [H, T, D]
         key = self._heads(x, f"{prefix}k_proj", config.num_key_value_heads)  # [G, T, D]
         value = self._heads(x, f"{prefix}v_proj", config.num_key_value_heads)  # [G, T, D]
+        if config.has_head_norms:
+            query = rms_norm(query, self._tensor(f"{prefix}q_norm.weight"), config.rms_norm_eps)
+            key = rms_norm(key, self._tensor(f"{prefix}k_norm.weight"), config.rms_norm_eps)
         keys = np.concatenate([self._keys[layer], rotate(key, cos, sin)], axis=1)  # [G, P + T, D]
         values = np.concatenate([self._values[layer], value], axis=1)
         self._keys[layer], self._values[layer] = keys, values
@@ -162,10 +168,12 @@ def softmax(x: Array) -> Array:
 def rope_angles(
     start: int, count: int, config: ModelConfig, dtype: type[np.float32 | np.float64]
 ) -> tuple[Array, Array]:
-    """cos and sin [T, D/2] of position · θ^(-2i/D); computed in float64, since angles grow with the position."""
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    """cos and sin [T, D/2] of position · frequency; computed in float64, since angles grow with the position."""
+    scaling = config.rope_scaling
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling)
     angles = np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
-    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    magnitude = 1.0 if scaling is None else scaling.magnitude
+    return (np.cos(angles) * magnitude).astype(dtype), (np.sin(angles) * magnitude).astype(dtype)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

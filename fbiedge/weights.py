@@ -1,7 +1,8 @@
 """Weights of a checkpoint, streamed: one tensor in memory at a time. Reads and writes the official FBI-LLM form.
 
 The form: config.json, and safetensors (one file, or shards with an index) or pytorch_model*.bin, with Hugging Face's
-Llama names. Each linear below `model.layers.` has `weight` [N, K] (latent; only its signs count), `wscale` and `wbias`:
+names of a Llama or a Qwen3. Each linear below `model.layers.` has `weight` [N, K] (latent; only its signs count),
+`wscale` and `wbias`:
 
     W_eff[n, k] = alpha · sign(W[n, k]) + beta         sign(0) = +1
     column: alpha, beta [1, K]    row: [N, 1]    single: [1]    block: alpha [N, ceil(K/128)] and no beta
@@ -163,6 +164,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{prefix}{linear}.wscale"] = config.scale_shape(n, k)
                 if config.scaling_pattern != "block":
                     shapes[f"{prefix}{linear}.wbias"] = config.scale_shape(n, k)
+        if config.has_head_norms:
+            shapes |= {f"{prefix}self_attn.{part}_norm.weight": (config.head_dim,) for part in "qk"}
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:

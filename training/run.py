@@ -64,6 +64,7 @@ def prepare_run(
     The tokenizer is the teacher's when there is one, else the given tokenizer.json, else trained on `data`.
     Raises UsageError for unusable texts or a tokenizer whose size is not the model's vocabulary.
     """
+    check_trainable(plan.model)
     run.mkdir(parents=True, exist_ok=True)
     if plan.teacher is not None:
         _check_teacher(open_checkpoint(Path(plan.teacher)).config, plan)
@@ -133,7 +134,15 @@ def open_batches(run: Path, training: TrainConfig) -> tuple[Batches, Batches]:
     return batches, held_out_batches
 
 
+def check_trainable(config: ModelConfig) -> None:
+    """Raises UsageError for a model that `model.Llama` would compute as another one."""
+    if config.model_type != "llama" or config.rope_scaling is not None:
+        what = f"model_type {config.model_type!r}" if config.rope_scaling is None else "rope_scaling"
+        raise UsageError(f"the config has {what}; training knows a Llama with unscaled RoPE only")
+
+
 def _check_teacher(teacher: ModelConfig, plan: RunPlan) -> None:
+    check_trainable(teacher)
     if teacher.vocab_size != plan.model.vocab_size:
         raise UsageError(
             f"the teacher's vocabulary has {teacher.vocab_size} pieces, the student's {plan.model.vocab_size}; "

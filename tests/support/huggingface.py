@@ -1,22 +1,24 @@
-"""The independent implementation that the project is compared with: Hugging Face's Llama holding the dense W_eff."""
+"""The independent implementation that the project is compared with: Hugging Face's Llama or Qwen3, holding the dense W_eff."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fbiedge.weights import Weights
 
 from .checkpoints import dense
 
+_CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
 
 class HuggingFaceLlama:
-    """LlamaForCausalLM in float32, with its KV cache; the interface of fbiedge.reference.Reference."""
+    """LlamaForCausalLM or Qwen3ForCausalLM in float32, with its KV cache; the interface of Reference."""
 
     def __init__(self, weights: Weights) -> None:
-        config = LlamaConfig(**weights.config.to_dict())
-        self.model = LlamaForCausalLM(config).eval().float()
+        make_config, make_model = _CLASSES[weights.config.model_type]
+        self.model = make_model(make_config(**weights.config.to_dict())).eval().float()
         state = {
             name: torch.from_numpy(np.array(dense(weights, name.removesuffix(".weight"))))
             if "_proj" in name
