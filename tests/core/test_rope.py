@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.checkpoints import small_config
 from support.errors import raises_line
+from support.rope import HEAD_DIM, SCALINGS, THETA
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -17,23 +18,6 @@ from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError
 from fbiedge.rope import RopeScaling, rope_frequencies
 
-HEAD_DIM = 32
-SCALINGS = {
-    "none": None,
-    "linear": RopeScaling(rope_type="linear", factor=4.0),
-    "llama3": RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=32),
-    "yarn": RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
-    "yarn, all fields": RopeScaling(
-        rope_type="yarn",
-        factor=4.0,
-        original_max_position_embeddings=64,
-        beta_fast=8.0,
-        beta_slow=0.5,
-        truncate=False,
-        attention_factor=1.3,
-    ),
-    "factors": RopeScaling(rope_type="factors", factors=tuple(np.linspace(1, 8, HEAD_DIM // 2).tolist())),
-}
 BASE = small_config(head_dim=HEAD_DIM).to_dict()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -54,9 +38,9 @@ def test_round_trip_in_both_spellings(scaling: RopeScaling | None) -> None:
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 def test_frequencies_and_magnitude_are_those_of_transformers(scaling: RopeScaling | None) -> None:
-    config = small_config(head_dim=HEAD_DIM, rope_scaling=scaling)
+    config = small_config(head_dim=HEAD_DIM, rope_theta=THETA, rope_scaling=scaling)
     theirs = LlamaRotaryEmbedding(LlamaConfig(**config.to_dict()))
-    frequencies = rope_frequencies(HEAD_DIM, config.rope_theta, scaling)
+    frequencies = rope_frequencies(HEAD_DIM, THETA, scaling)
     np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=3e-7)
     assert theirs.attention_scaling == pytest.approx(scaling.magnitude if scaling else 1.0, rel=1e-12)
 
@@ -101,7 +85,7 @@ def test_spellings_that_contradict_each_other() -> None:
 
 
 def test_factors_must_fit_the_heads() -> None:
-    with raises_line(CheckpointError, "RoPE has 3 factors, expected 16, one for each pair of a head of 32"):
+    with raises_line(CheckpointError, "RoPE has 3 factors, expected 8, one for each pair of a head of 16"):
         small_config(head_dim=HEAD_DIM, rope_scaling=RopeScaling(rope_type="factors", factors=(1.0, 2.0, 3.0)))
     with raises_line(CheckpointError, "RoPE's factors[1] is -1.0, expected a positive number"):
         RopeScaling(rope_type="factors", factors=(1.0, -1.0))

@@ -1,17 +1,20 @@
-"""The numpy reference equals Hugging Face's Llama with the dense W_eff, over prefill and decode."""
+"""The numpy reference equals Hugging Face's Llama and Qwen3 with the dense W_eff, over prefill and decode."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.checkpoints import PATTERNS, small_checkpoint, small_config
 from support.huggingface import HuggingFaceLlama
+from support.rope import HEAD_DIM, SCALINGS, THETA
 
 from fbiedge.errors import UsageError
 from fbiedge.reference import Reference
+from fbiedge.rope import RopeScaling
 from fbiedge.weights import open_checkpoint
 
 IDS = np.random.default_rng(1).integers(0, 80, 48).tolist()
@@ -69,6 +72,35 @@ def test_tied_head(tmp_path: Path) -> None:
     weights = open_checkpoint(tmp_path / "c")
     expected = decode(HuggingFaceLlama(weights))
     assert_equal_to_rounding(decode(Reference(weights)), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 12), (4, 2, 128)])
+def test_qwen3(tmp_path: Path, heads: int, kv_heads: int, head_dim: int, tied: bool) -> None:
+    """Each head of queries and keys is normalised before it is rotated."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    small_checkpoint(tmp_path / "c", small_config("block", model_type="qwen3", tie_word_embeddings=tied, **sizes))
+    weights = open_checkpoint(tmp_path / "c")
+    assert np.std(weights.tensor("model.layers.1.self_attn.q_norm.weight")) > 0.1
+    expected = decode(HuggingFaceLlama(weights))
+    assert_equal_to_rounding(decode(Reference(weights)), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_rope_scaling(tmp_path: Path, scaling: RopeScaling | None, model_type: str) -> None:
+    """48 positions, three times those of the original context."""
+    config = small_config(head_dim=HEAD_DIM, rope_theta=THETA, rope_scaling=scaling, model_type=model_type)
+    small_checkpoint(tmp_path / "c", config)
+    weights = open_checkpoint(tmp_path / "c")
+    assert weights.config == config
+    expected = decode(HuggingFaceLlama(weights))
+    got = decode(Reference(weights))
+    assert_equal_to_rounding(got, expected)
+    if scaling is not None:
+        plain = Reference(open_checkpoint(tmp_path / "c"))
+        plain.config = replace(config, rope_scaling=None)
+        assert np.abs(decode(plain) - got).max() > 0.05 * np.abs(got).max()
 
 
 def test_float64_is_closer_to_itself_than_float32(tmp_path: Path) -> None:

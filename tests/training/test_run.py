@@ -267,6 +267,16 @@ def test_a_damaged_state_is_refused(text: Path, tmp_path: Path) -> None:
         list(execute_run(run, resume=True))
 
 
+@pytest.mark.parametrize("change", [{"model_type": "qwen3"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
+def test_what_training_would_compute_as_another_model_is_refused(change: dict, tmp_path: Path) -> None:
+    raw = model_config("column").to_dict()
+    del raw["rope_parameters"]
+    plan = RunPlan(model=ModelConfig.from_dict(raw | change), training=training_config(), teacher=None)
+    with pytest.raises(UsageError, match="training knows a Llama with unscaled RoPE only"):
+        prepare_run(tmp_path / "run", plan, [], [])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(text: Path, teacher: Path, tmp_path: Path) -> None:
     student = ModelConfig.from_dict({**model_config("column").to_dict(), "vocab_size": 310})
     plan = RunPlan(model=student, training=training_config(), teacher=str(teacher))
