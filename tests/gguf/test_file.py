@@ -70,7 +70,7 @@ def test_every_number_type(path: Path) -> None:
 
 def test_type_table_is_that_of_the_gguf_package() -> None:
     theirs = {kind.value: (kind.name, *GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
-    assert theirs == GGML_TYPES
+    assert {**theirs, 42: ("Q2_0", 64, 18)} == GGML_TYPES  # ggml has it, gguf 0.19 doesn't yet
 
 
 def test_alignment_and_gaps_between_tensors(path: Path) -> None:
