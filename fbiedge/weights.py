@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,15 @@ class Weights(Protocol):
         ...
 
 
+@runtime_checkable
+class HasScales(Protocol):
+    """Weights whose scales can be read without the bits beside them."""
+
+    def scales(self, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """alpha and beta of a binary linear, as in BinaryLinear."""
+        ...
+
+
 def open_checkpoint(path: Path) -> Weights:
     """Open a checkpoint folder. All names and shapes are checked here, from the headers, before any data is read.
 
@@ -130,18 +139,24 @@ class Checkpoint:
         pattern = self.config.scaling_pattern
         if pattern == "none":
             return weight
-        alpha = self._finite(f"{name}.wscale")
-        beta = None if pattern == "block" else self._finite(f"{name}.wbias").reshape(-1)
+        alpha, beta = self.scales(name)
         n, k = weight.shape
         return BinaryLinear(
             packed=pack_bits(weight),
             n=n,
             k=k,
             pattern=pattern,
-            alpha=alpha if pattern == "block" else alpha.reshape(-1),
+            alpha=alpha,
             beta=beta,
             zeros=int(weight.size - np.count_nonzero(weight)),
         )
+
+    def scales(self, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """See HasScales."""
+        alpha = self._finite(f"{name}.wscale")
+        if self.config.scaling_pattern == "block":
+            return alpha, None
+        return alpha.reshape(-1), self._finite(f"{name}.wbias").reshape(-1)
 
     def _finite(self, name: str) -> npt.NDArray[np.float32]:
         tensor = self.store.read(name)

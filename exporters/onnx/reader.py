@@ -100,16 +100,20 @@ class OnnxWeights:
         pattern = self.config.scaling_pattern
         if pattern == "none":
             return np.ascontiguousarray(self._read(f"{name}.weight", (k, n)).T)
-        beta = None
-        if pattern == "block":
-            tiled = self._read(f"{name}.alpha", (-(-n // 16), -(-k // BLOCK_SIZE), 16))
-            alpha = untile_scales(tiled, n)
-        else:
-            scale_shape = {"column": (k,), "row": (n,), "single": (1,)}[pattern]
-            alpha, beta = self._read(f"{name}.alpha", scale_shape), self._read(f"{name}.beta", scale_shape)
+        alpha, beta = self.scales(name)
         tiles = self._read(f"{name}.bits", (-(-n // 16), -(-k // 32), 64))
         packed = untile_bits(tiles, n, k)
         return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
+
+    def scales(self, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """See HasScales."""
+        n, k = self.config.linear_shapes()[name.split(".", 3)[3]]
+        pattern = self.config.scaling_pattern
+        if pattern == "block":
+            tiled = self._read(f"{name}.alpha", (-(-n // 16), -(-k // BLOCK_SIZE), 16))
+            return untile_scales(tiled, n), None
+        shape = {"column": (k,), "row": (n,), "single": (1,)}[pattern]
+        return self._read(f"{name}.alpha", shape), self._read(f"{name}.beta", shape)
 
     def quantized_head(self, bits: int) -> QuantizedHead | None:
         """See HasQuantizedHead: a head that goes into another file of the same precision is copied."""
