@@ -35,7 +35,7 @@ _DEFAULT_ALIGNMENT = 32
 
 # Value types by their number: a struct format for scalars; 8 is a string, 9 an array.
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _SMALLEST_PAIR = 8 + 4 + 1  # bytes: an empty key, its type, a byte
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension
 
@@ -171,7 +171,9 @@ class _Reader:
     def value(self, key: str) -> Any:
         kind = self.number("<I", f"the type of {key}")
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind], key)
+            value = self.number(_SCALARS[kind], key)
+            # A float32 as the shortest decimal that means it: who wrote 1e-5 gets 1e-5 back.
+            return float(str(np.float32(value))) if kind == _FLOAT32 else value
         if kind == _STRING:
             return self.string(key)
         if kind != _ARRAY:
