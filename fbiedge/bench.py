@@ -5,44 +5,37 @@ A B C A B C …, so that a machine that gets slower or busier is so for all of t
 from the slowest to the fastest repetition. Nothing is sampled: `decode` feeds given tokens one by one.
 
 Weights read by a token = bits and scales of all layers, norms, head, and one row of the embedding and of each RoPE
-table, as stored in the file. The KV cache comes on top and is counted apart. Read bandwidth is that of a plain loop,
-`bitwise_or` over an array far larger than the caches: NumPy vectorises it and releases the GIL, and it reaches what a
-loop of 512-bit loads in C does (29.5 against 29.4 GB/s on one Zen 4 core). It runs between the configurations, over
-private memory, which Linux backs with huge pages, and over the mapped model file, whose pages are small as those of
-the weights are.
+table, as stored in the file. The KV cache comes on top and is counted apart. Read bandwidth is that of a plain loop
+(read_speed.py). It runs between the configurations, over private memory, which Linux backs with huge pages, and over
+the mapped model file, whose pages are small as those of the weights are. A GGUF is mapped whole; where llama.cpp
+repacks weights into memory of its own, as it does on some machines, it reads copies of the same size.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any, cast
-
-import numpy as np
-import numpy.typing as npt
 
 from . import errors
 from .config import ModelConfig
 from .cpu import default_threads
+from .engines import is_gguf, open_model
 from .errors import FbiEdgeError, UsageError
 from .inspection import Inspection, inspect
 from .kv_cache import cache_bytes
-from .machine import Machine, describe_machine, memory_bytes
+from .machine import Machine, describe_machine
 from .model_file import ModelFile
+from .read_speed import ReadLoop, bring_into_page_cache
 
 DEFAULT_DEPTHS = (0, 512, 1024)
 WORKER = (sys.executable, "-m", "fbiedge.bench_worker")
-_READ_BYTES = 256 << 20  # larger than any cache we know of but some servers'
-_READ_SECONDS = 0.05  # of one measurement: long beside starting threads, short beside the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +141,9 @@ class BenchReport:
     model: str
     config: ModelConfig
     options: BenchOptions
-    isa: str | None  # None on the stock-ops fallback
-    accuracy_level: str
+    engine: str  # what computes, in a few words
+    isa: str | None  # None on the stock-ops fallback and in llama.cpp
+    accuracy_level: str | None  # None in llama.cpp, which chooses by the weights' types
     fallback_reason: str | None
     weight_bytes_per_token: int | None  # None on the fallback, which reads other bytes than the file holds
     bandwidth: tuple[Bandwidth, ...]
@@ -163,23 +157,25 @@ class BenchReport:
 
 def weight_bytes_per_token(inspection: Inspection) -> int:
     """Bytes of the model file that decoding one token reads: everything but most rows of the tables."""
-    rows = {"embedding": inspection.config.vocab_size, "rope": inspection.config.max_position_embeddings}
+    rows = {"rope": inspection.config.max_position_embeddings}
+    if any(group.group == "head" for group in inspection.groups):  # else the embedding is read whole, as the head
+        rows["embedding"] = inspection.config.vocab_size
     return sum(group.bytes // rows.get(group.group, 1) for group in inspection.groups)
 
 
 def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
     """Measure the model at `path`; the last event is the report. Raises UsageError, ModelFileError and what a worker met."""
-    model = ModelFile.open(path)
+    model = open_model(path)
     options = options.for_context(model.config.max_position_embeddings)
     machine = describe_machine()
     depths, threads = options.depths or (), options.threads or ()
-    mapped = [model.path.parent / name for name in model.external_bytes]
+    mapped = [model.path] if is_gguf(path) else [model.path.parent / name for name in model.external_bytes]
     plan = [
         (count, kind, depth) for kind, depth in (("prefill", 0), *(("decode", d) for d in depths)) for count in threads
     ]
     total = len(plan) * (1 + options.repetitions)
     for file in [model.path, *mapped]:
-        _bring_into_page_cache(file)
+        bring_into_page_cache(file)
     with ExitStack() as stack:
         workers: list[Worker] = []
         seconds: list[list[float]] = [[] for _ in plan]
@@ -204,7 +200,7 @@ def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
         peaks = [worker.ask("memory")["peak_rss_bytes"] for worker in workers]
     bandwidth = {count: _bandwidth(count, samples) for count, samples in speeds.items()}
     started = workers[0].started
-    weights = weight_bytes_per_token(inspect(model.path)) if started["isa"] else None
+    weights = None if started["fallback_reason"] else weight_bytes_per_token(inspect(model.path))
     measurements = [
         _measurement(model, options, *entry, worker.started, samples, peak, weights, bandwidth[entry[0]])
         for entry, worker, samples, peak in zip(plan, workers, seconds, peaks, strict=True)
@@ -213,6 +209,7 @@ def bench(path: Path, options: BenchOptions) -> Iterator[Step | BenchReport]:
         model=str(model.path),
         config=model.config,
         options=options,
+        engine=started["engine"],
         isa=started["isa"],
         accuracy_level=started["accuracy_level"],
         fallback_reason=started["fallback_reason"],
@@ -249,7 +246,7 @@ def _measurement(
         share_of_bandwidth=None
         if gigabytes is None
         else gigabytes / (bandwidth.mapped_file or bandwidth.memory).median,
-        kv_cache_bytes=cache_bytes(model.config, model.kv_cache, depth + tokens // 2),
+        kv_cache_bytes=cache_bytes(model.config, started["kv_cache"], depth + tokens // 2),
         peak_rss_bytes=peak,
         load_seconds=started["load_seconds"],
         first_token_seconds=started["first_token_seconds"],
@@ -314,54 +311,3 @@ class Worker:
                     pipe.close()
                 except BrokenPipeError:
                     pass
-
-
-class ReadLoop:
-    """Reads memory, and mapped files, as fast as plain loads can. Speeds are GB/s."""
-
-    def __init__(self, files: Sequence[Path], size: int | None = None) -> None:
-        size = size or min(_READ_BYTES, (memory_bytes() or _READ_BYTES * 8) // 8)
-        self._memory = np.ones(size // 8, np.uint64)  # ones, because untouched zeros would all be one page
-        self._mapped = [array for file in files if len(array := _mapped_words(file))]
-
-    def memory(self, threads: int) -> float:
-        """Over private memory."""
-        return _read_speed([self._memory], threads)
-
-    def mapped_file(self, threads: int) -> float | None:
-        """Over the files; None where there are none."""
-        return _read_speed(self._mapped, threads) if self._mapped else None
-
-
-def _mapped_words(file: Path) -> npt.NDArray[np.uint64]:
-    with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, np.uint64, count=len(mapped) // 8)
-
-
-def _read_speed(arrays: Sequence[npt.NDArray[np.uint64]], threads: int) -> float:
-    """Each thread reads its part of each array, several times over -> GB/s of all."""
-    parts = [[np.array_split(array, threads)[index] for array in arrays] for index in range(threads)]
-    size = sum(array.nbytes for array in arrays)
-
-    def read(part: list[npt.NDArray[np.uint64]], passes: int) -> None:
-        for _ in range(passes):
-            for words in part:
-                np.bitwise_or.reduce(words)
-
-    with ThreadPoolExecutor(threads) as pool:
-        seconds, passes = 0.0, 1
-        for warm in (True, False):
-            started = perf_counter()
-            list(pool.map(read, parts, [passes] * threads))
-            seconds = perf_counter() - started
-            if warm:  # starts the threads and maps the pages, and says how long a pass takes
-                passes = max(1, round(_READ_SECONDS / seconds))
-    return passes * size / seconds / 1e9
-
-
-def _bring_into_page_cache(file: Path) -> None:
-    with file.open("rb", buffering=0) as opened:
-        block = bytearray(1 << 20)
-        while opened.readinto(block):
-            pass

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from .engines import is_gguf, open_session
 from .errors import FbiEdgeError
 from .machine import peak_rss_bytes
-from .session import Session
 
 
 def main() -> None:
@@ -34,8 +34,13 @@ def main() -> None:
 def _serve(settings: dict[str, Any]) -> None:
     depth, tokens = settings["depth"], settings["tokens"]
     started = perf_counter()
-    session = Session.open(
-        Path(settings["model"]), threads=settings["threads"], accuracy_level=settings["accuracy_level"]
+    path = Path(settings["model"])
+    session = open_session(
+        path,
+        threads=settings["threads"],
+        accuracy_level=settings["accuracy_level"],
+        # llama.cpp writes to all of its cache at the start, ours takes the memory that is used.
+        context=depth + tokens if is_gguf(path) else None,
     )
     loaded = perf_counter()
     # Which tokens doesn't matter to the speed, except that an embedding row must not always be the one in the cache.
@@ -51,6 +56,8 @@ def _serve(settings: dict[str, Any]) -> None:
             "load_seconds": loaded - started,
             "first_token_seconds": first - loaded,
             "threads": session.threads,
+            "engine": session.description,
+            "kv_cache": session.kv_cache,
             "isa": session.isa,
             "accuracy_level": session.accuracy_level,
             "fallback_reason": session.fallback_reason,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from .cached_session import CachedSession
 from .chat_template import ChatTemplate, Message
 from .errors import UsageError
 from .generate import GenerationOptions, GenerationStats, Piece, end_tokens, generate
-from .session import Session
 from .tokenizer import Tokenizer
 
 
@@ -26,7 +26,7 @@ class _Answer:
 class Chat:
     """Turns with one model. Without a chat template every turn's text is added to one text, which the model continues."""
 
-    def __init__(self, session: Session, options: GenerationOptions, *, system: str | None = None) -> None:
+    def __init__(self, session: CachedSession, options: GenerationOptions, *, system: str | None = None) -> None:
         """Raises ModelFileError for an unusable tokenizer or chat template, UsageError for a system prompt without one."""
         self.session = session
         self.options = options

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, cli_export
+from . import __version__, cli_evaluate, cli_export
 from .cli_support import extra
 from .errors import FbiEdgeError, UsageError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[Path | None, typer.Argument(help="model.onnx made by `fbiedge export`; default: the bundled model")]
+Model = Annotated[Path | None, typer.Argument(help="model.onnx or model.gguf; default: the bundled model")]
 Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
 AccuracyLevel = Annotated[str | None, typer.Option(help="activations: int8 or fp32; default: the model's")]
 Context = Annotated[int | None, typer.Option(help="tokens the KV cache holds; default: the model's most")]
@@ -214,6 +214,8 @@ def init(
 
 
 app.command()(cli_export.export)
+app.command("eval")(cli_evaluate.evaluate)
+app.command()(cli_evaluate.verify)
 
 
 @app.command(
@@ -230,10 +232,10 @@ def train(context: typer.Context) -> None:
 def _open_session(model: Path | None, threads: int | None, accuracy_level: str | None, context: int | None) -> Any:
     """The session, after a warning where it runs on the fallback."""
     from . import terminal
-    from .session import Session
+    from .engines import open_session
 
     path = model or _bundled_model()
-    session = Session.open(path, threads=threads, accuracy_level=accuracy_level, context=context)
+    session = open_session(path, threads=threads, accuracy_level=accuracy_level, context=context)
     if session.fallback_reason:
         terminal.print_warning(f"{session.fallback_reason}; running on stock ops, which are slower")
         if accuracy_level not in (None, session.accuracy_level):

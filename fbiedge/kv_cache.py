@@ -19,7 +19,7 @@ import numpy.typing as npt
 from .config import ModelConfig
 from .errors import UsageError
 
-Precision = Literal["int8", "fp32"]
+Precision = Literal["int8", "fp16", "fp32"]  # fp16 is llama.cpp's
 _PARTS: dict[Precision, dict[str, type[np.generic]]] = {
     "fp32": {"key": np.float32, "value": np.float32},
     "int8": {"key": np.int8, "value": np.int8, "key_scale": np.float32, "value_scale": np.float32},
@@ -33,9 +33,9 @@ def precision_of(names: Iterable[str]) -> Precision:
     return "int8" if "past_key_values.0.key_scale" in names else "fp32"
 
 
-def cache_bytes(config: ModelConfig, precision: str, tokens: int) -> int:
+def cache_bytes(config: ModelConfig, precision: Precision, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens."""
-    row = config.head_dim + 4 if precision == "int8" else 4 * config.head_dim
+    row = {"int8": config.head_dim + 4, "fp16": 2 * config.head_dim, "fp32": 4 * config.head_dim}[precision]
     return 2 * config.num_hidden_layers * config.num_key_value_heads * row * tokens
 
 

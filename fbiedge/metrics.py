@@ -85,6 +85,6 @@ def perplexity(logits: npt.NDArray[np.floating], targets: npt.NDArray[np.integer
 
 def _log_softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Over the last axis."""
-    result = rows - rows.max(axis=-1, keepdims=True)
+    result: npt.NDArray[np.float64] = rows - rows.max(axis=-1, keepdims=True)
     result -= np.log(np.exp(result).sum(axis=-1, keepdims=True))
     return result

@@ -20,14 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from .config import ModelConfig
-from .cpu import default_threads
+from .cached_session import CHUNK, CachedSession, check_context, threads_to_use
 from .errors import ModelFileError, OpLibraryError, UsageError
-from .kv_cache import KVCache, precision_of
+from .kv_cache import KVCache, Precision, precision_of
 from .model_file import ModelFile
 
 ACCURACY_LEVELS = ("int8", "fp32")
-CHUNK = 128  # tokens of one prefill step: enough to keep the kernels busy; logits of 128 x 32,000 take 16 MB
 # Before 1.20, GroupQueryAttention computes a run of several tokens after a filled cache wrongly, and says nothing;
 # before 1.22, MatMulNBits can't run the int8 head (found by running 1.18.1, 1.20.1, 1.21.1, 1.22.1, 1.23.2 and 1.31.1).
 _OLDEST_ONNX_RUNTIME = (1, 22)
@@ -36,8 +34,8 @@ _MASK_STEP = 256
 _SEVERITY_FATAL = 4  # ONNX Runtime also prints what it raises; the exception is enough
 
 
-class Session:
-    """One model with one KV cache, for one conversation at a time."""
+class Session(CachedSession):
+    """A model in ONNX Runtime, for one conversation at a time."""
 
     def __init__(
         self,
@@ -51,14 +49,11 @@ class Session:
         fallback_reason: str | None,
     ) -> None:
         """Use `Session.open`."""
-        self.model = model
-        self.capacity = capacity  # tokens
-        self.threads = threads
+        super().__init__(model, capacity=capacity, threads=threads)
         self.accuracy_level = accuracy_level
         self.isa = isa  # the kernels in use; None on the stock-ops fallback
         self.fallback_reason = fallback_reason
         self._onnx = onnx_session
-        self._tokens: list[int] = []
         self._bind()
 
     @classmethod
@@ -81,18 +76,14 @@ class Session:
         """
         if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
             raise UsageError(f"accuracy level is {accuracy_level!r}, expected one of {', '.join(ACCURACY_LEVELS)}")
-        if threads is not None and not 1 <= threads <= 1024:
-            raise UsageError(f"threads is {threads}, expected a number from 1 to 1024")
+        threads = threads_to_use(threads)
         if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _OLDEST_ONNX_RUNTIME:
             oldest = ".".join(map(str, _OLDEST_ONNX_RUNTIME))
             raise UsageError(
                 f"ONNX Runtime is {ort.__version__}, expected {oldest} or later: pip install -U onnxruntime"
             )
         model = ModelFile.open(path)
-        longest = model.config.max_position_embeddings
-        if context is not None and not 1 <= context <= longest:
-            raise UsageError(f"context is {context}, expected a number from 1 to {longest}, the context of this model")
-        threads = min(threads or default_threads(), default_threads())
+        check_context(context, model.config)
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -120,7 +111,7 @@ class Session:
         return cls(
             model,
             onnx_session,
-            capacity=context or longest,
+            capacity=context or model.config.max_position_embeddings,
             threads=threads,
             # The fallback is made of stock ops, whose level is in the file.
             accuracy_level=(accuracy_level if isa else None) or model.accuracy_level,
@@ -129,7 +120,7 @@ class Session:
         )
 
     @property
-    def head_activations(self) -> str:
+    def head_activations(self) -> str | None:
         """What the lm_head computes with, `int8` or `fp32`; in stock operators it is what the file says."""
         if self.model.metadata.get("head") == "fp32":
             return "fp32"
@@ -137,55 +128,17 @@ class Session:
         return self.accuracy_level if ours else self.model.accuracy_level
 
     @property
-    def config(self) -> ModelConfig:
-        """The shape of the model."""
-        return self.model.config
+    def description(self) -> str:
+        """See CachedSession."""
+        kernels = f"{self.isa} kernels" if self.isa else "stock ops fallback"
+        head = self.head_activations
+        apart = "" if head == self.accuracy_level else f" ({head} in the head)"
+        return f"{kernels}, {self.accuracy_level} activations{apart}"
 
     @property
-    def position(self) -> int:
-        """Tokens in the cache, which is the position of the next."""
-        return len(self._tokens)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The tokens in the cache."""
-        return tuple(self._tokens)
-
-    def forward(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append `ids` to the cache -> logits [vocab] for the token after the last.
-
-        Raises UsageError where they don't fit, and then appends none.
-        """
-        self._check(ids)
-        rows = self._logits[0]
-        for start in range(0, len(ids), CHUNK):
-            rows = self._run(ids[start : start + CHUNK], keep=1)
-        return np.array(rows[-1])  # a copy, because the next run writes over the buffer
-
-    def all_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append `ids` to the cache -> logits [len(ids), vocab], row t for the token after ids[t]. Raises UsageError."""
-        self._check(ids)
-        chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
-        return np.concatenate([self._run(chunk, keep=len(chunk)).copy() for chunk in chunks])
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises UsageError where there are fewer."""
-        if not 0 <= length <= self.position:
-            raise UsageError(f"can't truncate the cache to {length} tokens, it holds {self.position}")
-        del self._tokens[length:]
-
-    def reuse(self, ids: Sequence[int]) -> int:
-        """Keep of the cache what `ids` begin with, but never all of `ids` -> tokens of `ids` that need no forward().
-
-        At least one is left to forward, because its logits are not kept.
-        """
-        common = 0
-        for cached, wanted in zip(self._tokens, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
-        self.truncate(common)
-        return common
+    def kv_cache(self) -> Precision:
+        """See CachedSession."""
+        return self._kv_cache.precision
 
     def _bind(self) -> None:
         config = self.config
@@ -208,15 +161,6 @@ class Session:
         self._keep = np.zeros(1, np.int64)
         self._binding.bind_input("logits_to_keep", "cpu", 0, np.int64, (1,), self._keep.ctypes.data)
         self._bound = (0, 0)  # tokens of a run, and rows of logits, that input_ids and logits are bound for
-
-    def _check(self, ids: Sequence[int]) -> None:
-        if not len(ids):
-            raise UsageError("no tokens to run; give a prompt")
-        if self.position + len(ids) > self.capacity:
-            before = f" after {self.position} in the cache" if self.position else ""
-            raise UsageError(f"prompt of {len(ids)} tokens{before} is longer than the context of {self.capacity}")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise UsageError(f"token ids run from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}")
 
     def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:
         """One step of at most CHUNK tokens -> the last `keep` rows of logits [keep, vocab], valid until the next run."""

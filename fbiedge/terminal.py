@@ -27,9 +27,9 @@ from .generate import GenerationStats, Piece
 
 if TYPE_CHECKING:
     from .bench import BenchReport
+    from .cached_session import CachedSession
     from .chat import Chat
     from .inspection import Inspection
-    from .session import Session
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -128,18 +128,13 @@ def stream_answer(events: Iterable[Piece | GenerationStats]) -> GenerationStats:
     return stats
 
 
-def describe_engine(session: Session) -> str:
-    """Which kernels run, in a few words."""
-    kernels = f"{session.isa} kernels" if session.isa else "stock ops fallback"
+def describe_engine(session: CachedSession) -> str:
+    """What computes, in a few words."""
     threads = f"{session.threads} thread{'s' if session.threads > 1 else ''}"
-    head = session.head_activations
-    activations = f"{session.accuracy_level} activations"
-    if head != session.accuracy_level:
-        activations += f" ({head} in the head)"
-    return f"{kernels}, {activations}, {threads}, context {session.capacity}"
+    return f"{session.description}, {threads}, context {session.capacity}"
 
 
-def print_stats(stats: GenerationStats, session: Session, *, engine: bool) -> None:
+def print_stats(stats: GenerationStats, session: CachedSession, *, engine: bool) -> None:
     """One dim line on stderr: speed of prefill and decode, and why the text ended."""
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     fields = [
@@ -344,10 +339,9 @@ def print_bench(report: BenchReport) -> None:
             f"{row.load_seconds:.3f}",
             f"{row.first_token_seconds:.3f}",
         )
-    kernels = f"{report.isa} kernels" if report.isa else "stock ops fallback"
     busy = "" if machine.load_average is None else f", load average {machine.load_average}"
     lines = [
-        f"model    {report.model}, {kernels}, {report.accuracy_level} activations",
+        f"model    {report.model}, {report.engine}",
         f"machine  {machine.cpu}, {machine.cores} cores{busy}",
         f"with     {', '.join(f'{name} {version}' for name, version in machine.versions.items())}",
         f"at       {machine.date}{f', commit {machine.commit}' if machine.commit else ''}",

@@ -20,15 +20,9 @@ from fbiedge.errors import ModelFileError, OpLibraryError, OutputError, UsageErr
 from fbiedge.metrics import compare_logits
 from fbiedge.ops_library import library_path
 from fbiedge.reference import Reference
+from fbiedge.sample_text import SAMPLE_TEXT
 from fbiedge.weights import Weights
 
-DEFAULT_TEXT = (
-    "Once upon a time there was a small town by the sea. Every morning the fishermen took their boats out, and every "
-    "evening the children ran down to the harbour to see what they had caught. One winter the wind blew so hard that "
-    "nobody could leave the shore for three weeks. The people shared what was in their kitchens, told each other old "
-    "stories by the fire, and waited. When the sky cleared at last, the oldest of them said that it had been the best "
-    "winter of her life."
-)
 DEFAULT_TOKENS = 128
 
 # Dense float32 weights that the reference may keep in memory. Above it, it reads each tensor as it goes (slower, and
@@ -105,7 +99,7 @@ def default_text_ids(weights: Weights, text: str | None = None) -> list[int]:
 
     try:
         tokenizer = Tokenizer.from_str(source)
-        ids = tokenizer.encode(DEFAULT_TEXT).ids[:DEFAULT_TOKENS] if text is None else tokenizer.encode(text).ids
+        ids = tokenizer.encode(SAMPLE_TEXT).ids[:DEFAULT_TOKENS] if text is None else tokenizer.encode(text).ids
     except Exception as error:  # tokenizers raises bare Exception
         raise UsageError(f"tokenizer.json can't be used: {error}") from error
     if not ids or max(ids) >= vocab:

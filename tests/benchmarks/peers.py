@@ -27,12 +27,13 @@ from typing import Any
 
 from peer_models import RandomWeights, parameters, write_stock_onnx
 
-from fbiedge.bench import WORKER, BenchOptions, ReadLoop, Spread, Worker
+from fbiedge.bench import WORKER, BenchOptions, Spread, Worker
 from fbiedge.config import ModelConfig, preset
 from fbiedge.exporters.onnx import export_onnx
 from fbiedge.exporters.onnx.options import ExportOptions, Head
 from fbiedge.machine import describe_machine
 from fbiedge.ops_library import active_isa
+from fbiedge.read_speed import ReadLoop
 
 LLAMA_CPP_PEER = Path(__file__).with_name("llama_cpp_peer.py")
 

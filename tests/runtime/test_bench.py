@@ -16,7 +16,6 @@ from fbiedge import cli
 from fbiedge.bench import (
     BenchOptions,
     BenchReport,
-    ReadLoop,
     Spread,
     Step,
     Worker,
@@ -25,9 +24,10 @@ from fbiedge.bench import (
 )
 from fbiedge.errors import FbiEdgeError, ModelFileError, UsageError
 from fbiedge.inspection import inspect
-from fbiedge.kv_cache import cache_bytes
+from fbiedge.kv_cache import Precision, cache_bytes
 from fbiedge.machine import describe_machine, peak_rss_bytes
 from fbiedge.model_file import ModelFile
+from fbiedge.read_speed import ReadLoop
 
 from .conftest import NO_LIBRARY
 
@@ -97,7 +97,7 @@ def test_weight_bytes_are_those_of_the_tensors_that_a_token_reads(external_model
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
-def test_cache_bytes(precision: str, tmp_path: Path) -> None:
+def test_cache_bytes(precision: Precision, tmp_path: Path) -> None:
     path = tiny_model(tmp_path, export={"kv_cache": precision})
     per_token = 0
     for value in onnx.load(path).graph.input:

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from support.tiny_model import tiny_model
 
-from fbiedge import session as session_module
+from fbiedge import cached_session
 from fbiedge.config import PRESETS
 from fbiedge.cpu import default_threads
 from fbiedge.errors import ModelFileError, UsageError
@@ -57,7 +57,7 @@ def test_a_token_at_a_time_gives_the_same(session: Session, expected: np.ndarray
 def test_prefill_in_chunks_gives_the_same(
     session: Session, expected: np.ndarray, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "CHUNK", chunk)
+    monkeypatch.setattr(cached_session, "CHUNK", chunk)
     np.testing.assert_allclose(session.forward(IDS), expected[-1], **ROUNDING)
     session.truncate(0)
     np.testing.assert_allclose(session.all_logits(IDS), expected, **ROUNDING)

@@ -1,0 +1,88 @@
+"""The commands `fbiedge eval` and `fbiedge verify`: what a model knows, and whether two are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_support import read_text
+from .errors import UsageError
+
+DEFAULT_WINDOW = 2048
+
+Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
+Window = Annotated[int, typer.Option(help="tokens read at a time; at most the model's context")]
+AsJson = Annotated[bool, typer.Option("--json", help="end with one line of JSON")]
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="model.onnx, model.gguf, or a checkpoint folder")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to predict")],
+    window: Window = DEFAULT_WINDOW,
+    max_tokens: Annotated[int | None, typer.Option(help="read only so many tokens of the text")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts a text: loss by token and perplexity, by the published windows."""
+    from . import terminal
+    from .engines import open_logits
+    from .evaluation import encode
+    from .evaluation import evaluate as run
+
+    _check(window, max_tokens)
+    content = read_text(text)
+    engine = open_logits(model, threads=threads)
+    if engine.tokenizer is None:
+        raise UsageError(f"{model} has no tokenizer; put a tokenizer.json beside the checkpoint, and export it again")
+    ids = encode(engine.tokenizer, content, engine.config.vocab_size)[:max_tokens]
+    with terminal.progress_bar("evaluating") as update:
+        report = run(engine, ids, window=window, progress=update)
+    for line in report.lines():
+        terminal.print_text(line)
+    if as_json:
+        terminal.print_text(json.dumps(report.to_dict()))
+
+
+def verify(
+    a: Annotated[Path, typer.Argument(metavar="A", help="the reference: model.onnx, model.gguf or checkpoint folder")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="what should be the same")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to run; default: a built-in one of a few sentences")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="run at most so many tokens of the text")] = 10_000,
+    max_kl: Annotated[float, typer.Option(help="largest mean KL divergence, in nats")] = 1e-3,
+    min_agreement: Annotated[float, typer.Option(help="smallest share of equal most likely tokens, 0 to 1")] = 0.99,
+    window: Window = DEFAULT_WINDOW,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run two models on a text and compare their logits. Exit code 1 where they differ by more than the bounds."""
+    from . import terminal
+    from .engines import open_logits
+    from .sample_text import SAMPLE_TEXT
+    from .verify import Bounds, common_ids
+    from .verify import verify as run
+
+    _check(window, max_tokens)
+    bounds = Bounds(max_kl=max_kl, min_agreement=min_agreement)
+    content = SAMPLE_TEXT if text is None else read_text(text)
+    engines = open_logits(a, threads=threads), open_logits(b, threads=threads)
+    ids = common_ids(*engines, content)[:max_tokens]
+    with terminal.progress_bar("comparing") as update:
+        report = run(*engines, ids, bounds=bounds, window=window, progress=update)
+    for line in report.lines():
+        terminal.print_text(line)
+    if as_json:
+        terminal.print_text(json.dumps(report.to_dict()))
+    if report.beyond:
+        raise typer.Exit(1)
+
+
+def _check(window: int, max_tokens: int | None) -> None:
+    if window < 2:
+        raise UsageError(f"--window is {window}, expected at least 2 tokens")
+    if max_tokens is not None and max_tokens < 2:
+        raise UsageError(f"--max-tokens is {max_tokens}, expected at least 2")

@@ -1,0 +1,155 @@
+"""Which engine runs a model, by what the model is:
+
+    model.onnx      ONNX Runtime with the op library                 session.Session
+    a checkpoint    numpy, the slow and obvious one (logits only)    reference.Reference
+
+Sessions of both kinds are a `CachedSession`, so chat, generate and bench don't know which one they drive.
+`open_logits` gives all three one face for whatever wants the logits of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .cached_session import CachedSession
+from .config import ModelConfig
+from .model_file import ModelFile
+from .tokenizer import Tokenizer
+
+GGUF_MAGIC = b"GGUF"
+# Dense float32 weights that the reference may keep in memory; above it, it reads each tensor anew for every run.
+_RESIDENT_LIMIT_BYTES = 2 * 1000**3
+
+
+def is_gguf(path: Path) -> bool:
+    """By its name or, whatever its name, by its first bytes."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:  # absent, or a folder: whoever opens it says so
+        return False
+
+
+def is_checkpoint(path: Path) -> bool:
+    """A folder with a config.json and no exported model."""
+    return path.is_dir() and not (path / "model.onnx").is_file() and (path / "config.json").is_file()
+
+
+def open_model(path: Path) -> ModelFile:
+    """What the model.onnx or model.gguf at `path` says about itself. Raises ModelFileError."""
+    return ModelFile.open(path)
+
+
+def open_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    accuracy_level: str | None = None,
+    context: int | None = None,
+) -> CachedSession:
+    """A session of the engine for `path`; the options are those of Session.open.
+
+    Raises ModelFileError, UsageError.
+    """
+    from .session import Session
+
+    return Session.open(path, threads=threads, accuracy_level=accuracy_level, context=context)
+
+
+class LogitEngine(Protocol):
+    """A model that gives the logits of every position of a text."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What computes, in a few words."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def reset(self) -> None:
+        """Forget all tokens."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append `ids` -> logits [len(ids), vocab], row t for the token after ids[t]."""
+        ...
+
+
+def open_logits(path: Path, *, threads: int | None = None) -> LogitEngine:
+    """The engine for `path`. `threads` has no meaning for a checkpoint, whose products numpy shares out.
+
+    Raises CheckpointError, ModelFileError, UsageError.
+    """
+    if is_checkpoint(path):
+        return ReferenceLogits(path)
+    return SessionLogits(path, open_session(path, threads=threads))
+
+
+class SessionLogits:
+    """LogitEngine of a session."""
+
+    def __init__(self, path: Path, session: CachedSession) -> None:
+        self.path = path
+        self.config = session.config
+        self.capacity = session.capacity
+        self.description = session.description
+        self._session = session
+        self.tokenizer = Tokenizer.from_model(session.model) if "tokenizer" in session.model.metadata else None
+
+    def reset(self) -> None:
+        """See LogitEngine."""
+        self._session.truncate(0)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """See LogitEngine."""
+        return self._session.all_logits(ids)
+
+
+class ReferenceLogits:
+    """LogitEngine of a checkpoint, FBI-LLM's or any Llama of Hugging Face."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError, ModelFileError for an unusable tokenizer."""
+        from .model_file import load_json
+        from .reference import Reference
+        from .weights import expected_shapes, open_checkpoint
+
+        weights = open_checkpoint(path)
+        self.path = path
+        self.config = weights.config
+        self.capacity = weights.config.max_position_embeddings
+        dense_bytes = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(weights.config).values())
+        self._reference = Reference(weights, resident=dense_bytes <= _RESIDENT_LIMIT_BYTES)
+        self.description = "numpy reference, fp32"
+        self.tokenizer = None
+        if "tokenizer.json" in weights.files:
+            special, config = (
+                load_json(weights.files.get(name, "{}"))
+                for name in ("special_tokens_map.json", "tokenizer_config.json")
+            )
+            self.tokenizer = Tokenizer(weights.files["tokenizer.json"], special | config)
+
+    def reset(self) -> None:
+        """See LogitEngine."""
+        self._reference.reset()
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """See LogitEngine."""
+        rows: npt.NDArray[np.float32] = self._reference.logits(ids)
+        return rows

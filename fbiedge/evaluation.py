@@ -1,0 +1,164 @@
+"""How well a model predicts a text: loss by token, and perplexity with what chance alone may have added to it.
+
+As published for GPTQ, and since then for FBI-LLM and nearly everything else: the text, tokenized as one (with the token
+that begins a text, where the tokenizer puts one), is cut into windows of 2048 tokens that don't overlap. Each is read
+from an empty cache, and all its tokens but the first are predicted. What is left at the end is no whole window and is
+left out; a text shorter than a window is one short window.
+
+The 95 % interval is that of a bootstrap: the text's parts (windows; runs of 128 tokens where there are fewer than 20
+windows) are drawn again with replacement 2000 times, always by the same random numbers. It says how much another text
+of the same kind and length might differ, not how exact the number is for this text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .engines import LogitEngine
+from .errors import ModelFileError, UsageError
+from .metrics import token_losses
+from .tokenizer import Tokenizer
+
+WINDOW = 2048
+CHUNK = 128  # tokens whose logits are in memory at once: 16 MB for 32,000 of them
+_RUN = 128  # tokens of one part of a text that has few windows
+_FEW_WINDOWS = 20
+_RESAMPLES = 2000
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss of one model on one text."""
+
+    model: str
+    engine: str
+    window: int  # tokens
+    windows: int
+    tokens: int  # predicted
+    left_out: int  # tokens at the end that fill no window
+    nats_per_token: float
+    perplexity: float
+    interval: tuple[float, float] | None  # 95 % of the perplexity; None for a text of one part
+    parts: int  # drawn by the bootstrap
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which knows no infinity."""
+        interval = self.interval and [finite(bound) for bound in self.interval]
+        return {**asdict(self), "perplexity": finite(self.perplexity), "interval": interval}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        unit = "windows" if self.parts == self.windows else f"runs of {_RUN} tokens"
+        interval = "no interval, the text is too short for one"
+        if self.interval:
+            low, high = self.interval
+            interval = f"95 % interval {low:.4f} to {high:.4f}, bootstrap over {self.parts} {unit}"
+        rest = f", {self.left_out:,} at the end left out" if self.left_out else ""
+        return [
+            f"model       {self.model}",
+            f"engine      {self.engine}",
+            f"text        {self.tokens:,} tokens predicted, all but the first of {self.windows} windows of {self.window}{rest}",
+            f"loss        {self.nats_per_token:.4f} nats per token",
+            f"perplexity  {self.perplexity:.4f} ({interval})",
+            f"speed       {self.tokens_per_second:.0f} tok/s",
+        ]
+
+
+def evaluate(
+    engine: LogitEngine, ids: Sequence[int], *, window: int = WINDOW, progress: Progress = lambda done, total: None
+) -> Evaluation:
+    """Loss of `engine` on `ids`, in windows of `window` tokens or its context, where that is shorter.
+
+    Raises UsageError for fewer than two tokens, ModelFileError where the logits are no numbers.
+    """
+    length = min(window, engine.capacity)
+    windows = cut(ids, length)
+    total = sum(map(len, windows))
+    losses: list[npt.NDArray[np.float64]] = []
+    done, started = 0, perf_counter()
+    for part in windows:
+        engine.reset()
+        losses.append(np.empty(len(part) - 1))
+        for start in range(0, len(part) - 1, CHUNK):
+            targets = part[start + 1 : start + 1 + CHUNK]
+            logits = engine.logits(part[start : start + len(targets)])
+            losses[-1][start : start + len(targets)] = token_losses(logits, targets)
+            progress(done + start + len(targets), total)
+        done += len(part)
+    seconds = perf_counter() - started
+    tokens = sum(map(len, losses))
+    loss = sum(float(part.sum()) for part in losses) / tokens
+    if not math.isfinite(loss):
+        raise ModelFileError(f"{engine.path} gives logits that are not finite; the model is broken")
+    parts = losses
+    if len(windows) < _FEW_WINDOWS:
+        parts = [part[start : start + _RUN] for part in losses for start in range(0, len(part), _RUN)]
+    return Evaluation(
+        model=str(engine.path),
+        engine=engine.description,
+        window=len(windows[0]),
+        windows=len(windows),
+        tokens=tokens,
+        left_out=len(ids) - total,
+        nats_per_token=loss,
+        perplexity=perplexity_of(loss),
+        interval=_interval(parts) if len(parts) > 1 else None,
+        parts=len(parts),
+        tokens_per_second=tokens / seconds,
+    )
+
+
+def cut(ids: Sequence[int], length: int, *, rest: bool = False) -> list[Sequence[int]]:
+    """Windows of `length` tokens; the rest at the end is one more where `rest` asks for it, or where it is all there is.
+
+    Raises UsageError for fewer than two tokens, of which nothing can be predicted.
+    """
+    if length < 2:
+        raise UsageError(f"window is {length}, expected at least 2 tokens")
+    if len(ids) < 2:
+        raise UsageError(f"the text has {len(ids)} token{'s' if len(ids) != 1 else ''}, expected at least 2")
+    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    if len(windows) > 1 and len(windows[-1]) < (2 if rest else length):
+        windows.pop()
+    return windows
+
+
+def encode(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
+    """Ids of a whole text. Raises UsageError where they go beyond the vocabulary."""
+    ids = tokenizer.encode(text)
+    if ids and max(ids) >= vocab_size:
+        raise UsageError(f"the tokenizer gives ids up to {max(ids)}, but the vocabulary is {vocab_size}")
+    return ids
+
+
+def perplexity_of(nats_per_token: float) -> float:
+    """exp, which is infinite where a float can't hold it."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON has no word for."""
+    return value if math.isfinite(value) else None
+
+
+def _interval(parts: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """Bounds that 95 % of the resampled perplexities lie between."""
+    sums = np.array([part.sum() for part in parts])
+    counts = np.array([len(part) for part in parts])
+    generator = np.random.default_rng(0)
+    means = np.empty(_RESAMPLES)
+    for index in range(_RESAMPLES):
+        drawn = generator.integers(0, len(parts), len(parts))
+        means[index] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return perplexity_of(float(low)), perplexity_of(float(high))
