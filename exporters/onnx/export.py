@@ -113,7 +113,7 @@ def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
     if binary and options.head != "fp32":
         functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
     if options.cache(config) == "int8":
-        functions.append(attention_function())
+        functions.append(attention_function(norms=config.has_head_norms))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     if functions:
         opsets.append(helper.make_opsetid(DOMAIN, 1))

@@ -1,5 +1,6 @@
 """`fbiedge::GroupQueryAttention` in stock operators: a model-local function, for runtimes without our op library.
 
+    queries and keys normalised head by head, where the model does that
     past rows in use -> float, com.microsoft.GroupQueryAttention, present -> int8
 
 Rows that were in the cache keep their bytes, since rounding them again would let them drift. New rows are attended to
@@ -25,9 +26,10 @@ ATTRIBUTES = ("num_heads", "kv_num_heads", "scale", "epsilon")
 _STEPS = 127
 
 
-def attention_function() -> FunctionProto:
-    """The function; nodes that use it must not give q_norm and k_norm."""
+def attention_function(*, norms: bool = False) -> FunctionProto:
+    """The function; all nodes that use it must give q_norm and k_norm, or none: a body can't tell."""
     body = Body()
+    qkv = _normed_heads(body) if norms else "qkv"
     total = body.add("Cast", ["total_sequence_length"], "total_int64", to=TensorProto.INT64)
     length = body.add("Reshape", [total, body.ints([-1])], "length")
     # 1. The attention over the past in float. Of a past longer than the sequence, the rows beyond it stay out.
@@ -40,7 +42,7 @@ def attention_function() -> FunctionProto:
     past = ["float_past_key", "float_past_value"]
     node = helper.make_node(
         "GroupQueryAttention",
-        ["qkv", "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+        [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
         ["attention", "float_key", "float_value"],
         domain="com.microsoft",
         do_rotary=1,
@@ -77,6 +79,20 @@ def attention_function() -> FunctionProto:
         list(ATTRIBUTES),
         doc_string="Attention over an int8 cache with one scale a row, in stock operators",
     )
+
+
+def _normed_heads(body: Body) -> str:
+    """qkv with an RMS norm over each head of queries and keys."""
+    queries, kv_heads = body.attribute("num_heads"), body.attribute("kv_num_heads")
+    head_dim = body.add("Shape", ["q_norm"], "head_dim")
+    by_head = body.add("Concat", [body.ints([0, 0, -1]), head_dim], "heads_shape", axis=0)
+    heads = body.add("Reshape", ["qkv", by_head], "heads")  # [batch, tokens, H + 2G, D]
+    counts = body.add("Concat", [queries, kv_heads, kv_heads], "head_counts", axis=0)
+    parts = ["q_heads", "k_heads", "v_heads"]
+    body.nodes.append(helper.make_node("Split", [heads, counts], parts, axis=2))
+    normed = [body.rms_norm(f"{part}_heads", f"{part}_norm", f"{part}_normed") for part in "qk"]
+    joined = body.add("Concat", [*normed, "v_heads"], "normed_heads", axis=2)
+    return body.add("Reshape", [joined, body.ints([0, 0, -1])], "normed_qkv")
 
 
 def _slice(body: Body, rows: str, start: str, end: str, output: str) -> str:

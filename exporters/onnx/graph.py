@@ -8,6 +8,7 @@ a scale for each row.
 
     x = embedding[input_ids]
     per layer:  x += o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
+                                                   in a Qwen3 with q_norm and k_norm over each head before rope
                 x += down_proj(silu(gate_proj(norm(x))) · up_proj(norm(x)))
     logits = lm_head(norm(x)[-logits_to_keep:])
 
@@ -57,8 +58,7 @@ def build_graph(config: ModelConfig, options: ExportOptions, *, fused: bool = Tr
     for layer in range(config.num_hidden_layers):
         add_layer(layer)
     builder.head()
-    int8 = options.cache(config) == "int8"
-    inputs, outputs = _inputs(config, int8), _outputs(config, int8)
+    inputs, outputs = _inputs(config, builder.int8_cache), _outputs(config, builder.int8_cache)
     return helper.make_graph(builder.nodes, "fbiedge", inputs, outputs, initializer=builder.constants)
 
 
@@ -98,6 +98,7 @@ class _Builder:
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
         self.fused_rope = fused_rope(config)
+        self.int8_cache = options.cache(config) == "int8"
         self.residual = ""  # sum of all blocks so far
         self.pending = ""  # output of the last block, to be added to the residual by the next norm
 
@@ -116,7 +117,9 @@ class _Builder:
         return outputs[0]
 
     def constant(self, name: str, values: Sequence[int]) -> str:
-        self.constants.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        """An int64 constant, made once per name."""
+        if all(constant.name != name for constant in self.constants):
+            self.constants.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
     def prologue(self) -> None:
@@ -152,15 +155,18 @@ class _Builder:
         """RMS norm of residual + pending block; the sum becomes the new residual."""
         epsilon, weight = self.config.rms_norm_eps, f"{name}.weight"
         if not self.pending:
-            return self.node(
-                "SimplifiedLayerNormalization", name, [self.residual, weight], axis=-1, epsilon=epsilon, stash_type=1
-            )
+            return self.rms_norm(name, self.residual, weight)
         total = f"{name}.residual"
         outputs = [name, "", "", total]
         inputs = [self.residual, self.pending, weight]
         self.node("SkipSimplifiedLayerNormalization", name, inputs, outputs, CONTRIB, epsilon=epsilon)
         self.residual, self.pending = total, ""
         return name
+
+    def rms_norm(self, name: str, x: str, weight: str) -> str:
+        """Over the last axis."""
+        epsilon = self.config.rms_norm_eps
+        return self.node("SimplifiedLayerNormalization", name, [x, weight], axis=-1, epsilon=epsilon, stash_type=1)
 
     def linear(self, name: str, x: str, residual: str = "") -> str:
         """x · Wᵀ, plus `residual` where given (binary linears only)."""
@@ -200,7 +206,7 @@ class _Builder:
         inputs = [x, f"{prefix}.input_layernorm.weight", *(part for p in projections for part in self.matrix(p))]
         (n_q, k), (n_k, _), (n_v, _) = map(self.shape, projections)
         qkv = self.binary(QKV, f"{name}.qkv_proj", inputs, K=k, N_q=n_q, N_k=n_k, N_v=n_v, epsilon=epsilon)
-        if self.fused_rope:
+        if self.fused_rope and (self.int8_cache or not self.config.has_head_norms):
             attended = self.attention(name, index, qkv)
         else:
             sizes = self.constant(f"{name}.qkv_sizes", [n_q, n_k, n_v])
@@ -230,10 +236,12 @@ class _Builder:
         self.pending = self.linear(f"{prefix}.mlp.down_proj", product)
 
     def attention(self, name: str, index: int, q: str, k: str = "", v: str = "") -> str:
-        """`q` alone is q, k and v side by side, which needs a fused rope."""
-        if self.options.cache(self.config) == "int8":
+        """`q` alone is q, k and v side by side, which needs a fused rope and an int8 cache or no norms of heads."""
+        if self.int8_cache:
             packed = self.node("Concat", f"{name}.qkv", [q, k, v], axis=-1) if k else q
             return self.int8_attention(name, index, packed)
+        if self.config.has_head_norms:
+            q, k = self.head_norm(f"{name}.q_norm", q), self.head_norm(f"{name}.k_norm", k)
         inputs = ["lengths.last_int32", "lengths.total_int32"]
         if self.fused_rope:
             inputs += ["rope.cos", "rope.sin"]
@@ -256,16 +264,30 @@ class _Builder:
     def int8_attention(self, name: str, index: int, qkv: str) -> str:
         parts = ("key", "value", "key_scale", "value_scale")
         past = [f"past_key_values.{index}.{part}" for part in parts]
+        norms: list[str] = []
+        attributes: dict[str, Any] = {}
+        if self.config.has_head_norms:
+            norms = [f"{name}.q_norm.weight", f"{name}.k_norm.weight"]
+            attributes = {"epsilon": self.config.rms_norm_eps}
         return self.node(
             ATTENTION,
             f"{name}.attention",
-            [qkv, *past, "lengths.last_int32", "lengths.total_int32", "rope.cos", "rope.sin"],
+            [qkv, *past, "lengths.last_int32", "lengths.total_int32", "rope.cos", "rope.sin", *norms],
             [f"{name}.attention", *(f"present.{index}.{part}" for part in parts)],
             DOMAIN,
             num_heads=self.config.num_attention_heads,
             kv_num_heads=self.config.num_key_value_heads,
             scale=self.config.head_dim**-0.5,
+            **attributes,
         )
+
+    def head_norm(self, name: str, x: str) -> str:
+        """RMS norm over each head of x [batch, tokens, heads · head_dim]."""
+        heads = self.constant("constants.by_head", [0, 0, -1, self.config.head_dim])
+        flat = self.constant("constants.by_row", [0, 0, -1])
+        by_head = self.node("Reshape", f"{name}.heads", [x, heads])
+        normed = self.rms_norm(f"{name}.normed", by_head, f"{name}.weight")
+        return self.node("Reshape", name, [normed, flat])
 
     def rope(self, name: str, x: str) -> str:
         inputs = [x, "positions", "rope.cos", "rope.sin"]

@@ -7,7 +7,7 @@ Names are the checkpoint's, with the part after the last dot saying what is stor
     model.layers.0.self_attn.q_proj.alpha, .beta  float32 (K,) column | (N,) row | (1,) single;
                                                   block: alpha float16 or float32 [ceil(N/16), ceil(K/128), 16]
     model.layers.0.self_attn.q_proj.weight        float32 [K, N], of an ordinary Llama (transposed for MatMul)
-    model.layers.0.input_layernorm.weight         float32 [hidden]
+    model.layers.0.input_layernorm.weight         float32 [hidden]; of self_attn.q_norm and k_norm [head_dim]
     lm_head.tiles                                 int8 or int4 head: uint8 [ceil(N/16), ceil(K/128), …], see head.py
     lm_head.codes, lm_head.scales                 the same for stock operators
     lm_head.weight                                float32 [hidden, vocab], fp32 head (transposed for MatMul)
@@ -89,6 +89,9 @@ def plan_tensors(weights: Weights, options: ExportOptions, losses: Losses) -> It
         prefix = f"model.layers.{layer}."
         yield _plain(weights, f"{prefix}input_layernorm.weight", (hidden,), "norms")
         for name, (n, k) in config.linear_shapes().items():
+            if name == "self_attn.o_proj" and config.has_head_norms:
+                for part in "qk":
+                    yield _plain(weights, f"{prefix}self_attn.{part}_norm.weight", (config.head_dim,), "norms")
             if name == "mlp.gate_proj":
                 yield _plain(weights, f"{prefix}post_attention_layernorm.weight", (hidden,), "norms")
             group = "attention" if name.startswith("self_attn") else "mlp"

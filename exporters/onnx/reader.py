@@ -91,8 +91,10 @@ class OnnxWeights:
             if "lm_head.codes" in self.tensors:
                 return dequantize_stock(*self._stock_head(), hidden)
             return np.ascontiguousarray(self._read(name, (hidden, vocab)).T)
-        shape = (vocab, hidden) if name == "model.embed_tokens.weight" else (hidden,)
-        return self._read(name, shape).astype(np.float32, copy=False)
+        if name == "model.embed_tokens.weight":
+            return self._read(name, (vocab, hidden)).astype(np.float32, copy=False)
+        is_of_head = name.endswith(("q_norm.weight", "k_norm.weight"))
+        return self._read(name, (self.config.head_dim if is_of_head else hidden,))
 
     def linear(self, name: str) -> BinaryLinear | npt.NDArray[np.float32]:
         """See Weights."""

@@ -1,4 +1,4 @@
-"""Exported models compute what Hugging Face's Llama computes with the dense W_eff: prefill and 32 decode steps."""
+"""Exported models compute what Hugging Face's Llama or Qwen3 computes with the dense W_eff: prefill, 32 decode steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from support.checkpoints import PATTERNS, small_config
 from support.huggingface import HuggingFaceLlama
 from support.onnx_llama import OnnxLlama
+from support.rope import HEAD_DIM, SCALINGS, THETA
 
 from fbiedge.config import ModelConfig, ScalingPattern
 from fbiedge.exporters.onnx import export_onnx
@@ -67,6 +68,50 @@ def test_head_sizes_that_attention_can_not_rotate(
     weights = make_weights(small_config("column", head_dim=head_dim))
     path = tmp_path / "model.onnx"
     export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="fp32")
+    assert_equal(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
+
+
+QWEN3 = {"model_type": "qwen3", "tie_word_embeddings": True}
+QWEN3_SHAPES = {  # KV heads, heads, size; of 1.7B and 4B: two or four queries a KV head, heads of 128, hidden apart
+    "gqa2-128": {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 128},
+    "gqa4-32": {"num_key_value_heads": 1, "num_attention_heads": 4, "head_dim": 32},
+    "unfused-rope": {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("pattern", ["block", "column", "none"])
+@pytest.mark.parametrize("shape", QWEN3_SHAPES)
+def test_qwen3(
+    shape: str, pattern: ScalingPattern, library: Path | None, make_weights: MakeWeights, tmp_path: Path
+) -> None:
+    """Heads of queries and keys are normalised by stock operators around ONNX Runtime's own attention."""
+    weights = make_weights(small_config(pattern, **QWEN3, **QWEN3_SHAPES[shape]))
+    path = tmp_path / "model.onnx"
+    export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="fp32", block_scales="fp32")
+    assert_equal(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
+
+
+@pytest.mark.parametrize("shape", ["gqa2-128", "gqa4-32"])
+def test_qwen3_with_an_int8_cache(shape: str, library: Path | None, make_weights: MakeWeights, tmp_path: Path) -> None:
+    """Our attention normalises them itself, and so does its body in stock operators; the cache's rounding is lost."""
+    weights = make_weights(small_config("block", **QWEN3, **QWEN3_SHAPES[shape]))
+    path = tmp_path / "model.onnx"
+    export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="int8", block_scales="fp32")
+    got, expected = both(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
+    noise = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+    assert 1e-5 < noise < 0.03, noise
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("scaling", [name for name in SCALINGS if name != "none"])
+def test_rope_scaling(
+    scaling: str, model_type: str, library: Path | None, make_weights: MakeWeights, tmp_path: Path
+) -> None:
+    """Beyond the original context of 16 or 32 positions."""
+    rope = {"head_dim": HEAD_DIM, "rope_theta": THETA, "rope_scaling": SCALINGS[scaling]}
+    weights = make_weights(small_config("block", model_type=model_type, **rope))
+    path = tmp_path / "model.onnx"
+    export_onnx(weights, path, accuracy_level="fp32", head="fp32", kv_cache="fp32", block_scales="fp32")
     assert_equal(OnnxLlama(path, weights.config, library), HuggingFaceLlama(weights))
 
 

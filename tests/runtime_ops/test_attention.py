@@ -32,7 +32,9 @@ def open_session(shape: Shape, *, library: bool = True, threads: int = 1, **mode
     options.log_severity_level = 4
     if library:
         options.register_custom_ops_library(str(ops_library.library_path()))
-    content = attention_model(shape, functions=[] if library else [attention_function()], **model).SerializeToString()
+    content = attention_model(
+        shape, functions=[] if library else [attention_function(norms=shape.norms)], **model
+    ).SerializeToString()
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -118,10 +120,11 @@ def test_one_buffer_as_past_and_present_is_written_in_place() -> None:
     np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[-1], copied["attention"])
 
 
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("d", [16, 64, 80])
-def test_the_body_in_stock_operators_computes_the_same(d: int) -> None:
+def test_the_body_in_stock_operators_computes_the_same(d: int, norms: bool) -> None:
     """Up to the rounding of new rows, which the body attends to in float."""
-    shape = Shape(heads=4, kv_heads=2, d=d)
+    shape = Shape(heads=4, kv_heads=2, d=d, norms=norms)
     kernel, body = open_session(shape), open_session(shape, library=False)
     for rows in (0, 64):
         cache, at = empty_cache(shape, 1, rows), 0
