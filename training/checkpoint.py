@@ -20,6 +20,7 @@ from fbiedge.files import atomic_file
 from fbiedge.weights import open_checkpoint, write_checkpoint
 
 from .model import Llama, rope_tables
+from .shared_scales import storable_scales
 
 
 def save_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -48,6 +49,8 @@ def load_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int
 def save_model(model: Llama, out: Path, files: Mapping[str, str]) -> None:
     """Write the official form; `files` are its sidecars (tokenizer.json, ...) by name."""
     state = model.state_dict()
+    if model.shared_scales:
+        state.update(storable_scales(model))
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]  # the embedding, stored once
     tensors = ((name, tensor.detach().float().cpu().numpy()) for name, tensor in state.items())

@@ -16,9 +16,12 @@ from fbiedge.weights import open_checkpoint
 
 from .config import TrainConfig
 from .progress import run_with_progress
-from .run import RunPlan, prepare_run
+from .run import COLUMN_SHARED, RunPlan, prepare_run
 
 STOPPED = 130  # the exit code of a run that Ctrl-C or SIGTERM stopped
+# Steps, peak learning rate and warm-up steps where the options don't say.
+FROM_SCRATCH = (1000, 3e-4, 100)
+FINE_TUNE = (500, 1e-4, 20)
 
 app = typer.Typer(add_completion=False)
 
@@ -42,19 +45,30 @@ def train(
         Path | None, typer.Option(help="Full-precision checkpoint to distil from; its tokenizer is used.")
     ] = None,
     scaling_pattern: Annotated[
-        str, typer.Option(help="column, row, single, block; none trains a full-precision model (a teacher).")
+        str,
+        typer.Option(
+            "--scaling-pattern",
+            "--scaling",
+            help="column, column-shared (exact in GGUF), row, single, block; none: full precision (a teacher).",
+        ),
     ] = "column",
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to start from, moved into the scaling wanted: a short fine-tune by default."),
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default trained on the data.")] = None,
     vocab_size: Annotated[
         int | None, typer.Option(help="Pieces of the tokenizer; by default the teacher's, else the preset's.")
     ] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja chat template to ship with the model.")] = None,
     special_token: Annotated[list[str] | None, typer.Option(help="Marker kept whole by a new tokenizer.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 1000, with --init 500.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Peak, after the warm-up.")] = 3e-4,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak, after the warm-up; 3e-4, with --init 1e-4.")
+    ] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up; 100, with --init 20.")] = None,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on every parameter.")] = 0.1,
     grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides the start and the order of the data.")] = 11111,
@@ -69,21 +83,27 @@ def train(
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
     teacher (--scaling-pattern none)."""
     console = Console()
+    if resume and init is not None:
+        raise UsageError("--resume goes on from OUT's own weights; leave --init out")
     if not resume:
         if not data:
             raise UsageError("no --data given; name at least one text file")
         if config is not None and preset_name is not None:
             raise UsageError("--preset and --config both give the model's shape; leave one out")
-        if teacher is not None and (tokenizer is not None or special_token):
-            raise UsageError("a student uses its teacher's tokenizer; leave --tokenizer and --special-token out")
-        if scaling_pattern not in get_args(ScalingPattern):
-            raise UsageError(
-                f"unknown scaling pattern {scaling_pattern!r}; expected one of {', '.join(get_args(ScalingPattern))}"
-            )
+        if (teacher is not None or init is not None) and (tokenizer is not None or special_token):
+            whose = "a student uses its teacher's tokenizer" if teacher else "--init brings its tokenizer along"
+            raise UsageError(f"{whose}; leave --tokenizer and --special-token out")
+        if init is not None and (config is not None or preset_name is not None):
+            raise UsageError("--init gives the model's shape; leave --preset and --config out")
+        patterns = (*get_args(ScalingPattern), COLUMN_SHARED)
+        if scaling_pattern not in patterns:
+            raise UsageError(f"unknown scaling pattern {scaling_pattern!r}; expected one of {', '.join(patterns)}")
         if (out / "run.json").exists():
             raise UsageError(f"{out} holds a run already; add --resume to go on with it, or choose another folder")
-        model = dataclasses.replace(_shape(preset_name, config), scaling_pattern=cast(ScalingPattern, scaling_pattern))
-        if teacher is not None and vocab_size is None:
+        shape = _shape(preset_name, config) if init is None else open_checkpoint(init).config
+        pattern = "column" if scaling_pattern == COLUMN_SHARED else scaling_pattern
+        model = dataclasses.replace(shape, scaling_pattern=cast(ScalingPattern, pattern))
+        if teacher is not None and init is None and vocab_size is None:
             vocab_size = open_checkpoint(teacher).config.vocab_size
         if vocab_size is not None:
             model = dataclasses.replace(model, vocab_size=vocab_size)
@@ -91,12 +111,18 @@ def train(
             raise UsageError(
                 f"sequences of {sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
             )
+        default_steps, default_rate, default_warmup = FROM_SCRATCH if init is None else FINE_TUNE
         training = TrainConfig(
-            steps=steps, batch_size=batch_size, sequence_length=sequence_length, learning_rate=learning_rate,
-            warmup_steps=warmup_steps, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, bf16=bf16,
+            steps=default_steps if steps is None else steps,
+            batch_size=batch_size, sequence_length=sequence_length,
+            learning_rate=default_rate if learning_rate is None else learning_rate,
+            warmup_steps=default_warmup if warmup_steps is None else warmup_steps, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, bf16=bf16,
             compile=compile_model, checkpoint_every=checkpoint_every, eval_every=eval_every,
         )  # fmt: skip
-        plan = RunPlan(model=model, training=training, teacher=None if teacher is None else str(teacher.resolve()))
+        plan = RunPlan(
+            model=model, training=training, teacher=None if teacher is None else str(teacher.resolve()),
+            init=None if init is None else str(init.resolve()), shared_scales=scaling_pattern == COLUMN_SHARED,
+        )  # fmt: skip
         console.print("preparing tokenizer and token shards")
         prepare_run(
             out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
@@ -108,7 +134,11 @@ def train(
     elif report.step < RunPlan.load(out).training.steps:
         raise typer.Exit(STOPPED)
     console.print(f"checkpoint: {out / 'model'}", soft_wrap=True)
-    if RunPlan.load(out).model.scaling_pattern == "none":
+    plan = RunPlan.load(out)
+    if plan.shared_scales:
+        console.print("scales of o_proj and down_proj are stored rounded to fp16, so that GGUF holds them exactly")
+        console.print(f"next: fbiedge export {out / 'model'} --to gguf -o model.gguf", soft_wrap=True)
+    elif plan.model.scaling_pattern == "none":
         console.print(f"next: fbiedge train --teacher {out / 'model'} --data ... -o STUDENT", soft_wrap=True)
     else:
         console.print(f"next: fbiedge export {out / 'model'} --to onnx -o model.onnx", soft_wrap=True)

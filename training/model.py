@@ -30,8 +30,11 @@ class BinaryLinear(nn.Module):
     """y = x · W_effᵀ with W_eff = wscale · sign(weight) + wbias (`block`: one scale per row and 128 inputs, no offset).
 
     `weight` [N, K] is the fp32 latent. W_eff is built densely each time: K·N work beside the M·N·K of the product,
-    and one bf16 rounding under autocast, as in an ordinary linear.
+    and one bf16 rounding under autocast, as in an ordinary linear. `scale_index` [K], where there is one, says which
+    entry of wscale each input takes; the others are unused.
     """
+
+    scale_index: Tensor | None
 
     def __init__(self, k: int, n: int, pattern: ScalingPattern, scale_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -40,6 +43,7 @@ class BinaryLinear(nn.Module):
         self.wscale = nn.Parameter(torch.empty(scale_shape))
         if pattern != "block":
             self.wbias = nn.Parameter(torch.empty(scale_shape))
+        self.register_buffer("scale_index", None, persistent=False)
 
     @torch.no_grad()
     def reset_scales(self) -> None:
@@ -54,12 +58,16 @@ class BinaryLinear(nn.Module):
         self.wbias.copy_(mean.reshape(self.wbias.shape))
         self.wscale.copy_((w - mean).abs().mean(axes, keepdim=True).reshape(self.wscale.shape))
 
+    def scales(self) -> Tensor:
+        """The alphas in use, in the shape of wscale."""
+        return self.wscale if self.scale_index is None else self.wscale[:, self.scale_index]
+
     def effective_weight(self) -> Tensor:
         """W_eff [N, K]."""
         sign: Tensor = SignSTE.apply(self.weight)  # type: ignore[no-untyped-call]
         if self.pattern == "block":
             return sign * self.wscale.repeat_interleave(BLOCK_SIZE, dim=1)[:, : sign.shape[1]]
-        return self.wscale * sign + self.wbias
+        return self.scales() * sign + self.wbias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.effective_weight())
@@ -144,6 +152,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.shared_scales = False  # see shared_scales.py
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

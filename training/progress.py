@@ -31,8 +31,10 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
             goal = f"distilled from {plan.teacher}"
         elif plan.model.scaling_pattern != "none":
             goal += " (not distilled: no --teacher)"
+        if plan.init:
+            goal += f", starting from {plan.init}"
         console.print(
-            f"{count / 1e6:.1f}M parameters, scaling {plan.model.scaling_pattern}, {goal}; "
+            f"{count / 1e6:.1f}M parameters, scaling {plan.scaling}, {goal}; "
             f"{plan.training.steps} steps of {plan.training.batch_size} x {plan.training.sequence_length} tokens"
         )
 

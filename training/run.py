@@ -13,14 +13,18 @@ from tokenizers import Tokenizer
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, UsageError
 from fbiedge.files import atomic_file
-from fbiedge.weights import open_checkpoint
+from fbiedge.weights import SIDECARS, open_checkpoint
 
 from .checkpoint import load_model
 from .config import TrainConfig
 from .data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
 from .model import Llama
+from .shared_scales import share_scales
+from .start import start_from
 from .tokenizer import BOS, EOS, tokenizer_config, train_tokenizer
 from .trainer import StepReport, train
+
+COLUMN_SHARED = "column-shared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +34,22 @@ class RunPlan:
     model: ModelConfig
     training: TrainConfig
     teacher: str | None  # checkpoint folder
+    init: str | None = None  # checkpoint folder whose weights the run starts from
+    shared_scales: bool = False  # of a `column` model, see shared_scales.py
+
+    @property
+    def scaling(self) -> str:
+        """The scaling form by its full name: the model's pattern, or column-shared."""
+        return COLUMN_SHARED if self.shared_scales else self.model.scaling_pattern
 
     def save(self, run: Path) -> None:
-        document = {"model": self.model.to_dict(), "training": self.training.to_dict(), "teacher": self.teacher}
+        document = {
+            "model": self.model.to_dict(),
+            "training": self.training.to_dict(),
+            "teacher": self.teacher,
+            "init": self.init,
+            "shared_scales": self.shared_scales,
+        }
         with atomic_file(run / "run.json") as temporary:
             temporary.write_text(json.dumps(document, indent=1))
 
@@ -44,6 +61,8 @@ class RunPlan:
                 model=ModelConfig.from_dict(raw["model"]),
                 training=TrainConfig(**raw["training"]),
                 teacher=raw["teacher"],
+                init=raw.get("init"),
+                shared_scales=raw.get("shared_scales", False),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{run}: no run to resume ({error}); start one without --resume") from error
@@ -61,21 +80,28 @@ def prepare_run(
 ) -> None:
     """Write tokenizer, token shards and run.json into `run`. Without `held_out_data`, every 50th document is held out.
 
-    The tokenizer is the teacher's when there is one, else the given tokenizer.json, else trained on `data`.
-    Raises UsageError for unusable texts or a tokenizer whose size is not the model's vocabulary.
+    The tokenizer is the teacher's when there is one, else the starting checkpoint's, else the given tokenizer.json, else
+    trained on `data`. A starting checkpoint's chat template and generation settings go on where none are given.
+    Raises UsageError for unusable texts, a tokenizer whose size is not the model's vocabulary, or a teacher or a starting
+    checkpoint that doesn't fit.
     """
     check_trainable(plan.model)
     run.mkdir(parents=True, exist_ok=True)
+    inherited: dict[str, str] = {}
+    if plan.init is not None:
+        start = open_checkpoint(Path(plan.init))
+        _check_start(start.config, plan)
+        inherited = dict(start.files)
+        tokenizer = Path(plan.init) / "tokenizer.json"
     if plan.teacher is not None:
         _check_teacher(open_checkpoint(Path(plan.teacher)).config, plan)
         tokenizer = Path(plan.teacher) / "tokenizer.json"
-    if tokenizer is not None:
-        try:
-            trained = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the library raises bare Exception
-            raise UsageError(f"can't read the tokenizer {tokenizer}: {error}") from error
-    else:
+    if tokenizer is None:
         trained = train_tokenizer(read_documents(data), plan.model.vocab_size, special_tokens)
+    else:
+        trained = _read_tokenizer(tokenizer)
+    if plan.init is not None and trained.get_vocab() != _read_tokenizer(Path(plan.init) / "tokenizer.json").get_vocab():
+        raise UsageError(f"{plan.init} and {plan.teacher} have different tokenizers; distillation needs the same one")
     if trained.get_vocab_size() != plan.model.vocab_size:
         raise UsageError(
             f"the tokenizer has {trained.get_vocab_size()} pieces, the model's vocabulary {plan.model.vocab_size}"
@@ -96,6 +122,12 @@ def prepare_run(
         "tokenizer_config.json": json.dumps(tokenizer_config(chat_template), indent=1),
         "generation_config.json": json.dumps(generation_config or {"bos_token_id": bos, "eos_token_id": eos}, indent=1),
     }
+    dropped = {"tokenizer.json"}
+    if chat_template is not None:
+        dropped |= {"tokenizer_config.json", "chat_template.jinja"}
+    if generation_config is not None:
+        dropped |= {"generation_config.json"}
+    sidecars |= {name: text for name, text in inherited.items() if name not in dropped}
     for name, text in sidecars.items():
         with atomic_file(run / name) as temporary:
             temporary.write_text(text)
@@ -115,12 +147,16 @@ def execute_run(
         teacher = load_model(Path(plan.teacher)).eval().requires_grad_(False)
         _check_teacher(teacher.config, plan)
     training = plan.training
-    model = Llama(plan.model).initialize(training.seed)
+    if plan.init is None or (resume and (run / "state.pt").exists()):
+        model = Llama(plan.model).initialize(training.seed)
+    else:
+        model = start_from(Path(plan.init), plan.model.scaling_pattern)
+    if plan.shared_scales:
+        share_scales(model)
     if on_start is not None:
         on_start(model, plan)
     batches, held_out_batches = open_batches(run, training)
-    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    files = {name: (run / name).read_text() for name in names}
+    files = {name: (run / name).read_text() for name in SIDECARS if (run / name).exists()}
     yield from train(run, model, teacher, batches, held_out_batches, training, files, resume, stop)
 
 
@@ -139,6 +175,23 @@ def check_trainable(config: ModelConfig) -> None:
     if config.model_type != "llama" or config.rope_scaling is not None:
         what = f"model_type {config.model_type!r}" if config.rope_scaling is None else "rope_scaling"
         raise UsageError(f"the config has {what}; training knows a Llama with unscaled RoPE only")
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"can't read the tokenizer {path}: {error}") from error
+
+
+def _check_start(start: ModelConfig, plan: RunPlan) -> None:
+    """Everything but the scaling form must be as in the checkpoint that the run starts from."""
+    theirs, wanted = start.to_dict(), plan.model.to_dict()
+    for name in theirs.keys() - {"scaling_pattern"}:
+        if theirs[name] != wanted[name]:
+            raise UsageError(
+                f"{plan.init} has {name} {theirs[name]}, the model {wanted[name]}; start from the same shape"
+            )
 
 
 def _check_teacher(teacher: ModelConfig, plan: RunPlan) -> None:

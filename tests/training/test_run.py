@@ -17,55 +17,18 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from support.tiny_run import DOCUMENTS, model_config, training_config
 
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, DivergedError, FbiEdgeError, OutputError, UsageError
 from fbiedge.reference import Reference
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model, save_model
-from fbiedge.training.config import TrainConfig
 from fbiedge.training.data import open_shard
 from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.weights import open_checkpoint
-
-ANIMALS, PLACES = ("cat", "dog", "owl", "fox", "hen"), ("barn", "park", "tree", "lake")
-DOCUMENTS = [
-    f"The {a} went to the {p}. The {b} was in the {p} too. The {a} and the {b} played by the {p}."
-    for a in ANIMALS for b in ANIMALS for p in PLACES
-]  # fmt: skip
-
-
-def model_config(pattern: str) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, scaling_pattern=pattern,
-    )  # fmt: skip
-
-
-def training_config(**changes: object) -> TrainConfig:
-    values = {
-        "steps": 60, "batch_size": 4, "sequence_length": 32, "learning_rate": 3e-3, "warmup_steps": 5,
-        "checkpoint_every": 10, "eval_every": 30, "eval_sequences": 8,
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("\n<|endoftext|>\n".join(DOCUMENTS * 2), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def teacher(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    prepare_run(run, RunPlan(model=model_config("none"), training=training_config(), teacher=None), [text], [])
-    reports = list(execute_run(run))
-    assert reports[-1].eval_loss < 0.6 * reports[0].loss, "the teacher did not learn"
-    return run / "model"
 
 
 @pytest.mark.parametrize("pattern", ["column", "row", "single", "block"])
