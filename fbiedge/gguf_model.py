@@ -1,0 +1,246 @@
+"""A GGUF file as a model: its config, and what travels in it, under the names that a model.onnx of ours uses.
+
+Only what llama.cpp calls `llama` and `qwen3`, and of these only what this project computes: what a file asks for beyond
+(experts, a scale of its own for attention, layers of different shapes) is refused by its key, and never left out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import ModelConfig, ModelType, ScalingPattern
+from .errors import CheckpointError, ModelFileError
+from .gguf_file import GgufFile, metadata_value
+from .gguf_tensors import dequantize
+from .gguf_tokenizer import bos_and_eos, sidecars_from_gguf
+from .model_file import FORMAT_VERSION, ModelFile
+from .rope import RopeScaling
+
+ARCHITECTURES: tuple[ModelType, ...] = ("llama", "qwen3")
+ROPE_FACTORS = "rope_freqs.weight"
+TRUE_FEED_FORWARD = "fbiedge.feed_forward_length"  # where the file's is padded to whole blocks
+
+_GLOBAL_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# Keys below the architecture's that change what is computed, with the value that changes nothing.
+_NEUTRAL = {
+    "expert_count": 0,
+    "attention.scale": 0.0,
+    "attention.causal": True,
+    "rope.scaling.alpha": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+_METADATA_KEYS = {
+    "tokenizer.json": "tokenizer",
+    "tokenizer_config.json": "tokenizer_config",
+    "generation_config.json": "generation_config",
+    "chat_template.jinja": "chat_template",
+}
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor, e.g. of `model.layers.3.mlp.up_proj.weight`: `blk.3.ffn_up.weight`."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _GLOBAL_NAMES:
+        return f"{_GLOBAL_NAMES[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{_LAYER_NAMES[part]}.{kind}"
+
+
+def adapter_path(model: Path) -> Path:
+    """Where the adapter of a model lies: model.gguf -> model.beta.gguf."""
+    return model.with_name(f"{model.name.removesuffix('.gguf')}.beta.gguf")
+
+
+def find_adapter(file: GgufFile) -> GgufFile | None:
+    """The adapter beside the model `file`, None where none is. Raises ModelFileError for one of another model."""
+    path = adapter_path(file.path)
+    if not path.is_file():
+        return None
+    adapter = GgufFile.open(path)
+    wanted, stated = file.metadata.get("fbiedge.weights_sha256"), adapter.metadata.get("fbiedge.beta_of")
+    if wanted is None or stated != wanted:
+        raise ModelFileError(
+            f"{path} lies beside {file.path.name} but was not made for it; move it away, or export the model again"
+        )
+    return adapter
+
+
+def open_gguf_model(path: Path) -> ModelFile:
+    """What the GGUF file at `path` says about itself, for whatever runs a model. Raises ModelFileError."""
+    file = GgufFile.open(path)
+    config, adapter = config_from_gguf(file), find_adapter(file)
+    try:
+        files = sidecars_from_gguf(file.metadata)
+    except ModelFileError as error:
+        raise ModelFileError(f"{file.path}: {error}") from error
+    producer = metadata_value(file.metadata, "general.quantized_by", str, "unknown") or "unknown"
+    return ModelFile(
+        path=file.path,
+        config=config,
+        metadata={
+            "format_version": FORMAT_VERSION,
+            "producer": producer,
+            "config": json.dumps(config.to_dict(), indent=2),
+            **{key: files[name] for name, key in _METADATA_KEYS.items() if name in files},
+        },
+        file_bytes=file.file_bytes,
+        external_bytes={} if adapter is None else {adapter.path.name: adapter.file_bytes},
+    )
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """The shape of the model in `file`: pattern `block` where linears are Q1_0, else `none`. Raises ModelFileError."""
+    try:
+        return _Hyperparameters.of(file).config()
+    except (CheckpointError, ModelFileError) as error:
+        text = str(error).removeprefix("config: ")
+        raise ModelFileError(f"{file.path}: {text}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hyperparameters:
+    """The keys of one architecture."""
+
+    file: GgufFile
+    architecture: ModelType
+
+    @classmethod
+    def of(cls, file: GgufFile) -> _Hyperparameters:
+        stated = metadata_value(file.metadata, "general.architecture", str)
+        for architecture in ARCHITECTURES:
+            if architecture == stated:
+                return cls(file=file, architecture=architecture)
+        got = "no architecture (general.architecture)" if stated is None else f"the architecture {stated!r}"
+        raise ModelFileError(f"the file has {got}, expected one of {', '.join(ARCHITECTURES)}")
+
+    def config(self) -> ModelConfig:
+        for key, neutral in _NEUTRAL.items():
+            value = self.file.metadata.get(f"{self.architecture}.{key}", neutral)
+            if value != neutral:
+                raise ModelFileError(f"{self.architecture}.{key} is {value!r}, which this fbiedge can't compute")
+        tensors = self.file.tensors
+        if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
+            raise ModelFileError("the file has no token_embd.weight [vocabulary, hidden]; expected a whole model")
+        bos, eos = bos_and_eos(self.file.metadata)
+        heads, hidden = self.count("attention.head_count"), self.count("embedding_length")
+        head_dim = self.count("attention.key_length", hidden // heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self.count(key, head_dim) != head_dim:
+                raise ModelFileError(
+                    f"{self.architecture}.{key} is {self.count(key)}, expected the {head_dim} of attention.key_length"
+                )
+        feed_forward = self.count("feed_forward_length")
+        true_feed_forward = metadata_value(self.file.metadata, TRUE_FEED_FORWARD, int, feed_forward)
+        epsilon = metadata_value(self.file.metadata, self.key("attention.layer_norm_rms_epsilon"), float)
+        if epsilon is None:
+            raise self.missing("attention.layer_norm_rms_epsilon")
+        return ModelConfig(
+            vocab_size=tensors["token_embd.weight"].shape[0],
+            hidden_size=hidden,
+            intermediate_size=feed_forward if true_feed_forward is None else true_feed_forward,
+            num_hidden_layers=self.count("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=self.count("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=self.count("context_length"),
+            rms_norm_eps=epsilon,
+            rope_theta=self.number("rope.freq_base", 10000.0),
+            bos_token_id=bos,
+            eos_token_id=eos,
+            tie_word_embeddings="output.weight" not in tensors,
+            scaling_pattern=self.pattern(),
+            model_type=self.architecture,
+            rope_scaling=self.rope_scaling(head_dim),
+        )
+
+    def pattern(self) -> ScalingPattern:
+        linears = tuple(f".{_LAYER_NAMES[name]}.weight" for name in _LAYER_NAMES if name.endswith("_proj"))
+        types = {tensor.ggml_type for name, tensor in self.file.tensors.items() if name.endswith(linears)}
+        return "block" if "Q1_0" in types else "none"
+
+    def rope_scaling(self, head_dim: int) -> RopeScaling | None:
+        """llama.cpp's rules: the type is linear unless stated, and a factor of 0 is none."""
+        kind = metadata_value(self.file.metadata, self.key("rope.scaling.type"), str, "linear")
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0)) or 1.0
+        if kind == "none":
+            factor = 1.0
+        elif kind not in ("linear", "yarn"):
+            raise ModelFileError(f"{self.key('rope.scaling.type')} is {kind!r}, expected none, linear or yarn")
+        divisors = self.rope_factors(head_dim)
+        if kind == "yarn":
+            if divisors:
+                raise ModelFileError(f"the file has YaRN and {ROPE_FACTORS}, expected one of the two")
+            return RopeScaling(
+                rope_type="yarn",
+                factor=factor,
+                original_max_position_embeddings=self.count(
+                    "rope.scaling.original_context_length", self.count("context_length")
+                ),
+                beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
+            )
+        if divisors:
+            return RopeScaling(rope_type="factors", factors=tuple(factor * divisor for divisor in divisors))
+        return None if factor == 1.0 else RopeScaling(rope_type="linear", factor=factor)
+
+    def rope_factors(self, head_dim: int) -> list[float]:
+        """A divisor for each frequency; Llama 3's converter writes them."""
+        for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+            if name in self.file.tensors:
+                raise ModelFileError(f"the file has {name}, which this fbiedge can't compute")
+        tensor = self.file.tensors.get(ROPE_FACTORS)
+        if tensor is None:
+            return []
+        if tensor.shape != (head_dim // 2,):
+            raise ModelFileError(f"{ROPE_FACTORS} has shape {tensor.shape}, expected {(head_dim // 2,)}")
+        divisors: list[float] = dequantize(tensor, self.file.data(ROPE_FACTORS)).tolist()
+        return divisors
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive number, which may be an array of the same for each layer. Raises ModelFileError."""
+        value: Any = self.file.metadata.get(self.key(key))
+        if value is None:
+            if default is None:
+                raise self.missing(key)
+            return default
+        if isinstance(value, np.ndarray):
+            if not len(value) or (value != value[0]).any():
+                raise ModelFileError(f"{self.key(key)} differs between layers, expected the same for all")
+            value = value[0].item()
+        if type(value) is not int or value <= 0:
+            raise ModelFileError(f"{self.key(key)} is {value!r}, expected a positive integer")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = metadata_value(self.file.metadata, self.key(key), float, default)
+        return default if value is None else value
+
+    def key(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def missing(self, key: str) -> ModelFileError:
+        return ModelFileError(f"the file lacks the key {self.key(key)}; convert the model again")
