@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.training.model import BinaryLinear, Llama, SignSTE
+from fbiedge.training.shared_scales import share_scales
 
 PATTERNS = ["column", "row", "single", "block"]
 
@@ -56,9 +57,11 @@ def test_scales_start_at_the_published_mean_and_mean_deviation() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("pattern", [*PATTERNS, "none"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, "column-shared", "none"])
 def test_logits_equal_transformers_with_the_dense_effective_weights(pattern: str, kv_heads: int) -> None:
-    ours = Llama(config(pattern, kv_heads)).initialize(seed=1, std=0.2)
+    ours = Llama(config(pattern.removesuffix("-shared"), kv_heads)).initialize(seed=1, std=0.2)
+    if pattern == "column-shared":
+        share_scales(ours)
     theirs = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=97, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
