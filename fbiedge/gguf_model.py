@@ -93,10 +93,7 @@ def open_gguf_model(path: Path) -> ModelFile:
     """What the GGUF file at `path` says about itself, for whatever runs a model. Raises ModelFileError."""
     file = GgufFile.open(path)
     config, adapter = config_from_gguf(file), find_adapter(file)
-    try:
-        files = sidecars_from_gguf(file.metadata)
-    except ModelFileError as error:
-        raise ModelFileError(f"{file.path}: {error}") from error
+    files = files_from_gguf(file)
     producer = metadata_value(file.metadata, "general.quantized_by", str, "unknown") or "unknown"
     return ModelFile(
         path=file.path,
@@ -110,6 +107,14 @@ def open_gguf_model(path: Path) -> ModelFile:
         file_bytes=file.file_bytes,
         external_bytes={} if adapter is None else {adapter.path.name: adapter.file_bytes},
     )
+
+
+def files_from_gguf(file: GgufFile) -> dict[str, str]:
+    """The files beside the weights, see gguf_tokenizer.sidecars_from_gguf. Raises ModelFileError."""
+    try:
+        return sidecars_from_gguf(file.metadata)
+    except ModelFileError as error:
+        raise ModelFileError(f"{file.path}: {error}") from error
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:

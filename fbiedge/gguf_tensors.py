@@ -21,17 +21,13 @@ from .gguf_file import GGML_TYPES, GgufTensor
 Blocks = npt.NDArray[np.uint8]  # [blocks, bytes of a block]
 Floats = npt.NDArray[np.float32]
 
-Q1_0_BLOCK = 128  # weights
-_Q1_0_BYTES = 2 + Q1_0_BLOCK // 8
+_Q1_0_BYTES = 2 + 128 // 8
 _WEIGHTS_AT_ONCE = 1 << 20  # keeps temporaries small beside the tensor itself
 
 
 def dequantize(tensor: GgufTensor, raw: npt.NDArray[np.uint8]) -> Floats:
     """The bytes `raw` of `tensor` as float32 in its shape. Raises ModelFileError for a type that isn't read."""
-    if tensor.ggml_type not in _DECODERS:
-        raise ModelFileError(
-            f"the tensor {tensor.name} has type {tensor.ggml_type}, expected one of {', '.join(_DECODERS)}"
-        )
+    require_readable(tensor)
     decode = _DECODERS[tensor.ggml_type]
     block_weights, block_bytes = _SIZES[tensor.ggml_type]
     blocks = raw.reshape(-1, block_bytes)
@@ -42,12 +38,23 @@ def dequantize(tensor: GgufTensor, raw: npt.NDArray[np.uint8]) -> Floats:
     return out.reshape(tensor.shape)
 
 
-def split_q1_0(tensor: GgufTensor, raw: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """A Q1_0 tensor [N, K] -> its bits in plain packing (fbiedge.bits) [N, K/8] and its scales d [N, K/128]."""
+def require_readable(tensor: GgufTensor) -> None:
+    """Raise ModelFileError for a type that `dequantize` doesn't read."""
+    if tensor.ggml_type not in _DECODERS:
+        raise ModelFileError(
+            f"the tensor {tensor.name} has type {tensor.ggml_type}, expected one of {', '.join(_DECODERS)}"
+        )
+
+
+def q1_0_bits(tensor: GgufTensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The sign bits of a Q1_0 tensor [N, K] in plain packing [N, K/8], see fbiedge.bits: nothing is unpacked."""
     n, k = tensor.shape
-    blocks = raw.reshape(n, k // Q1_0_BLOCK, _Q1_0_BYTES)
-    packed = np.ascontiguousarray(blocks[..., 2:]).reshape(n, k // 8)
-    return packed, _halves(blocks)[..., 0]
+    return np.ascontiguousarray(raw.reshape(n, -1, _Q1_0_BYTES)[..., 2:]).reshape(n, k // 8)
+
+
+def q1_0_scales(tensor: GgufTensor, raw: npt.NDArray[np.uint8]) -> Floats:
+    """The scales d of a Q1_0 tensor [N, K], one for 128 inputs of a row: [N, K/128]."""
+    return _halves(raw.reshape(tensor.shape[0], -1, _Q1_0_BYTES))[..., 0]
 
 
 def _halves(blocks: npt.NDArray[np.uint8], start: int = 0) -> Floats:

@@ -11,7 +11,7 @@ from support.gguf_files import q1_0_blocks
 from fbiedge import gguf_tensors
 from fbiedge.errors import ModelFileError
 from fbiedge.gguf_file import GGML_TYPES, GgufTensor
-from fbiedge.gguf_tensors import dequantize, split_q1_0
+from fbiedge.gguf_tensors import dequantize, q1_0_bits, q1_0_scales
 
 SIZES = {name: (weights, size) for name, weights, size in GGML_TYPES.values()}
 
@@ -58,8 +58,8 @@ def test_q1_0_is_plus_or_minus_d() -> None:
     raw = q1_0_blocks(signs, scales).data.reshape(-1)
     expected = signs * np.repeat(scales, 128, axis=1)
     np.testing.assert_array_equal(dequantize(tensor("Q1_0", signs.shape), raw), expected)
-    packed, d = split_q1_0(tensor("Q1_0", signs.shape), raw)
-    np.testing.assert_array_equal(d, scales)
+    np.testing.assert_array_equal(q1_0_scales(tensor("Q1_0", signs.shape), raw), scales)
+    packed = q1_0_bits(tensor("Q1_0", signs.shape), raw)
     np.testing.assert_array_equal(packed, np.packbits(signs > 0, axis=1, bitorder="little"))
 
 

@@ -52,7 +52,7 @@ def dense_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, shape in expected_shapes(replace(config, scaling_pattern="none")).items():
-        values = generator.normal(1.0 if "norm" in name else 0.0, 0.3, shape)
+        values = generator.normal(1.0, 0.3, shape) if "norm" in name else generator.normal(0.0, 0.1, shape)
         if "_proj" in name and config.scaling_pattern == "block":
             scales = generator.uniform(0.02, 0.1, (shape[0], shape[1] // 128)).astype(np.float16)
             values = np.where(values >= 0, 1, -1) * np.repeat(scales.astype(np.float32), 128, axis=1)
