@@ -52,13 +52,13 @@ class BinaryLinear:
     def dense(self) -> npt.NDArray[np.float32]:
         """W_eff float32 [N, K] = alpha · sign + beta."""
         signs = unpack_bits(self.packed, self.k).astype(np.float32)
-        match self.pattern:
-            case "row":
-                alpha, beta = self.alpha[:, None], None if self.beta is None else self.beta[:, None]
-            case "block":
-                alpha, beta = np.repeat(self.alpha, BLOCK_SIZE, axis=1)[:, : self.k], None
-            case _:  # (K,) and (1,) broadcast along the rows as they are
-                alpha, beta = self.alpha, self.beta
+        alpha, beta = self.alpha, self.beta  # (K,) and (1,) broadcast along the rows as they are
+        if self.pattern == "block":
+            for group, scales in enumerate(alpha.T):
+                signs[:, group * BLOCK_SIZE : (group + 1) * BLOCK_SIZE] *= scales[:, None]
+            return signs
+        if self.pattern == "row":
+            alpha, beta = alpha[:, None], None if beta is None else beta[:, None]
         signs *= alpha
         if beta is not None:
             signs += beta
@@ -91,6 +91,17 @@ class HasScales(Protocol):
 
     def scales(self, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         """alpha and beta of a binary linear, as in BinaryLinear."""
+        ...
+
+
+@runtime_checkable
+class HasBinaryRows(Protocol):
+    """Weights whose embedding or head may be 1 bit too, [vocab, hidden] with pattern `block`; `tensor` gives them dense."""
+
+    def binary_embedding(self) -> BinaryLinear | None: ...
+
+    def binary_head(self) -> BinaryLinear | None:
+        """A tied head is the embedding."""
         ...
 
 

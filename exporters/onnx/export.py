@@ -22,10 +22,12 @@ from .fallback_fused import binary_qkv_function, binary_swiglu_function
 from .fallback_head import matmul_nbits_function
 from .graph import CONTRIB, build_graph
 from .metadata import make_metadata
-from .options import HEAD_BITS, AccuracyLevel, ExportOptions, Head, KVCache, Storage
-from .plan import Losses, inventory, plan_tensors
+from .options import HEAD_BITS, AccuracyLevel, Embedding, ExportOptions, Head, KVCache, Storage
+from .plan import Losses, plan_tensors
 from .reader import OnnxWeights
+from .sources import inventory
 from .verify import VerifyReport, check_export
+from .vocabulary import choose_embedding, choose_head
 from .writer import EMBED_LIMIT_BYTES, Progress, data_path, write_model
 
 IR_VERSION = 10
@@ -50,8 +52,8 @@ def export_onnx(
     out: Path,
     *,
     accuracy_level: AccuracyLevel = "int8",
-    head: Head = "int8",
-    embedding: Storage = "fp32",
+    head: Head | None = None,
+    embedding: Embedding | None = None,
     block_scales: Storage = "fp16",
     kv_cache: KVCache | None = None,
     embed_limit_bytes: int = EMBED_LIMIT_BYTES,
@@ -60,6 +62,7 @@ def export_onnx(
 ) -> ExportReport:
     """Write `weights` as an ONNX model at `out`, replacing an older file, holding about one tensor in memory.
 
+    Where head and embedding are left open: 1 bit where the weights hold them so, else int8 and fp32.
     With the token ids `verify_on`, the file is compared with `weights` before it appears (see verify.check_export).
     Raises UsageError (an option or head_dim that can't be, an output that is the source), CheckpointError (weights that
     contradict their config, a tokenizer or other file beside them that can't be used) or OutputError (disk full, no
@@ -70,7 +73,11 @@ def export_onnx(
     require_utf8(out, OutputError)
     _refuse_source(weights, out)
     options = ExportOptions(
-        accuracy_level=accuracy_level, head=head, embedding=embedding, block_scales=block_scales, kv_cache=kv_cache
+        accuracy_level=accuracy_level,
+        head=choose_head(weights, head),
+        embedding=choose_embedding(weights, embedding),
+        block_scales=block_scales,
+        kv_cache=kv_cache,
     )
     losses = Losses()
     sources = list(plan_tensors(weights, options, losses))
@@ -110,7 +117,7 @@ def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
     if binary:
         form = config.scaling_pattern
         functions = [binary_qkv_function(form), binary_swiglu_function(form), binary_matmul_function(form, bias=True)]
-    if binary and options.head != "fp32":
+    if binary and options.head in HEAD_BITS:
         functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
     if options.cache(config) == "int8":
         functions.append(attention_function(norms=config.has_head_norms))

@@ -23,16 +23,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper  # noqa: TID253
+from onnx import GraphProto, TensorProto, ValueInfoProto, helper  # noqa: TID253
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.errors import UsageError
 
+from .embedding import binary_rows
 from .fallback import DOMAIN, OP_TYPE
 from .fallback_attention import OP_TYPE as ATTENTION
 from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
+from .nodes import Nodes
 from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions, fused_rope
+from .vocabulary import EMBEDDING, HEAD, rows_are_shared
 
 CONTRIB = "com.microsoft"
 KEEP = "logits_to_keep"
@@ -89,38 +92,17 @@ def _cache_infos(config: ModelConfig, int8: bool, prefix: str, length: str) -> l
     ]
 
 
-class _Builder:
-    """Appends nodes in order; methods take and return names of values."""
+class _Builder(Nodes):
+    """Appends the nodes of a model, part by part."""
 
     def __init__(self, config: ModelConfig, options: ExportOptions) -> None:
+        super().__init__()
         self.config = config
         self.options = options
-        self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
         self.fused_rope = fused_rope(config)
         self.int8_cache = options.cache(config) == "int8"
         self.residual = ""  # sum of all blocks so far
         self.pending = ""  # output of the last block, to be added to the residual by the next norm
-
-    def node(
-        self,
-        op_type: str,
-        name: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] = (),
-        domain: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Add a node called `name`; its first output, named like the node unless given, is returned."""
-        outputs = list(outputs) or [name]
-        self.nodes.append(helper.make_node(op_type, list(inputs), outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
-
-    def constant(self, name: str, values: Sequence[int]) -> str:
-        """An int64 constant, made once per name."""
-        if all(constant.name != name for constant in self.constants):
-            self.constants.append(numpy_helper.from_array(np.array(values, np.int64), name))
-        return name
 
     def prologue(self) -> None:
         """Lengths that every attention needs: past + new tokens - 1 by row of the batch, and the mask's width."""
@@ -146,8 +128,12 @@ class _Builder:
         self.node("Slice", "positions", [clipped, start, far, last_axis])
 
     def embedding(self) -> None:
+        name = EMBEDDING
+        if self.options.embedding == "1bit":
+            shared = rows_are_shared(self.config, self.options)
+            self.residual = binary_rows(self, name, "input_ids", HEAD if shared else name)
+            return
         fp16 = self.options.embedding == "fp16"
-        name = "model.embed_tokens"
         rows = self.node("Gather", f"{name}.rows" if fp16 else name, [f"{name}.weight", "input_ids"])
         self.residual = self.node("Cast", name, [rows], to=TensorProto.FLOAT) if fp16 else rows
 
@@ -183,7 +169,7 @@ class _Builder:
         offsets = "" if self.config.scaling_pattern == "block" else f"{name}.beta"
         return [f"{name}.bits", f"{name}.alpha", offsets]
 
-    def binary(self, op_type: str, name: str, inputs: list[str], **attributes: Any) -> str:
+    def binary(self, op_type: str, name: str, inputs: list[str], outputs: Sequence[str] = (), **attributes: Any) -> str:
         """A node of ours; absent inputs at the end are left out."""
         while not inputs[-1]:
             inputs.pop()
@@ -192,7 +178,8 @@ class _Builder:
             op_type,
             name,
             inputs,
-            domain=DOMAIN,
+            outputs,
+            DOMAIN,
             **attributes,
             scale_form=form,
             block_size=BLOCK_SIZE if form == "block" else 0,
@@ -302,6 +289,11 @@ class _Builder:
         x = self.node("Slice", "lm_head.rows", [self.norm("model.norm"), first, far, axis])
         if self.options.head == "fp32":
             self.node("MatMul", "lm_head", [x, "lm_head.weight"], ["logits"])
+            return
+        if self.options.head == "1bit":
+            n, k = self.config.vocab_size, self.config.hidden_size
+            inputs = [x, *self.matrix(HEAD), f"{HEAD}.bias"]
+            self.binary(OP_TYPE, HEAD, inputs, ["logits"], K=k, N=n)
             return
         ours = self.options.ours(self.config)
         self.node(

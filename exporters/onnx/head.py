@@ -15,8 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fbiedge.bits import TILE_ROWS
+from fbiedge.bits import TILE_ROWS, unpack_bits
+from fbiedge.config import BLOCK_SIZE
 from fbiedge.errors import CheckpointError
+from fbiedge.weights import BinaryLinear
 
 BLOCK = 32
 GROUP = 128  # inputs of a tile group
@@ -125,6 +127,17 @@ def quantize_head(weight: npt.NDArray[np.float32], bits: int) -> QuantizedHead:
         quantize = _quantize_8 if bits == 8 else _quantize_4
         codes[start : start + len(rows)], scales[start : start + len(rows)] = quantize(grouped)
     return QuantizedHead(bits=bits, codes=codes, scales=scales)
+
+
+def head_from_binary(rows: BinaryLinear, bits: int) -> QuantizedHead:
+    """A 1-bit head of form `block` with codes z ± 1: exact, but for scales that aren't fp16 numbers."""
+    zero, blocks = 1 << (bits - 1), -(-rows.k // BLOCK)
+    codes = np.full((rows.n, blocks * BLOCK), zero, np.uint8)
+    for start in range(0, rows.n, _ROWS_AT_ONCE):
+        signs = unpack_bits(rows.packed[start : start + _ROWS_AT_ONCE], rows.k)
+        codes[start : start + len(signs), : rows.k] += signs.view(np.uint8)  # wraps: + 255 is - 1
+    half, _ = _half(np.repeat(rows.alpha, BLOCK_SIZE // BLOCK, axis=1)[:, :blocks])
+    return QuantizedHead(bits=bits, codes=codes.reshape(rows.n, blocks, BLOCK), scales=half)
 
 
 def _unpacked(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

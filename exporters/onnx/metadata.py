@@ -9,8 +9,8 @@ fbiedge.generation_config   generation_config.json                            (m
 fbiedge.special_tokens_map  special_tokens_map.json                           (may be absent)
 fbiedge.chat_template       Jinja text, from chat_template.jinja or tokenizer_config.json    (may be absent)
 fbiedge.accuracy_level      "int8" | "fp32"
-fbiedge.head                "int8" | "int4" | "fp32"
-fbiedge.head_operator       "fbiedge" | "stock", whose MatMul or MatMulNBits computes it  (absent in old files: stock)
+fbiedge.head                "int8" | "int4" | "fp32" | "1bit"
+fbiedge.head_operator       "fbiedge" | "stock", whose operator computes it               (absent in old files: stock)
 fbiedge.kv_cache            "int8" | "fp32"                                   (absent in older files: fp32)
 fbiedge.inventory           JSON, see plan.inventory
 """

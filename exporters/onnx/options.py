@@ -9,7 +9,8 @@ from fbiedge.config import ModelConfig
 from fbiedge.errors import UsageError
 
 AccuracyLevel = Literal["int8", "fp32"]
-Head = Literal["int8", "int4", "fp32"]
+Embedding = Literal["fp32", "fp16", "1bit"]
+Head = Literal["int8", "int4", "fp32", "1bit"]
 KVCache = Literal["int8", "fp32"]
 Operators = Literal["fbiedge", "stock"]
 Storage = Literal["fp32", "fp16"]
@@ -20,16 +21,16 @@ _LARGEST_HEAD_DIM = 256
 
 # ORT's MatMulNBits and our BinaryMatMul number their levels alike.
 ACCURACY_LEVELS: dict[AccuracyLevel, int] = {"fp32": 1, "int8": 4}
-HEAD_BITS: dict[Head, int] = {"int8": 8, "int4": 4}
+HEAD_BITS: dict[Head, int] = {"int8": 8, "int4": 4}  # of the heads that are quantised here
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Raises UsageError for a value that isn't one of those listed."""
+    """Raises UsageError for a value that isn't one of those listed. 1 bit is for weights that are (see vocabulary.py)."""
 
     accuracy_level: AccuracyLevel = "int8"  # of the activations in binary linears and in a quantised head
     head: Head = "int8"
-    embedding: Storage = "fp32"
+    embedding: Embedding = "fp32"
     block_scales: Storage = "fp16"  # scales of pattern `block`; Q1_0 holds fp16 too
     kv_cache: KVCache | None = None  # None: int8 where the graph is of our operators and the heads allow it
     operators: Operators = "fbiedge"  # stock: ONNX Runtime's own wherever they can hold the same, as in peers of ours
@@ -38,7 +39,7 @@ class ExportOptions:
         for name, allowed in (
             ("accuracy_level", AccuracyLevel),
             ("head", Head),
-            ("embedding", Storage),
+            ("embedding", Embedding),
             ("block_scales", Storage),
             ("operators", Operators),
             *([("kv_cache", KVCache)] if self.kv_cache is not None else []),

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, helper  # noqa: TID253
 
 from fbiedge.bits import untile_bits
-from fbiedge.config import BLOCK_SIZE, ModelConfig
+from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from fbiedge.errors import ModelFileError
 from fbiedge.model_file import external_place
 from fbiedge.weights import BinaryLinear, Weights
@@ -26,7 +26,8 @@ from .head import BLOCK as HEAD_BLOCK
 from .head import GROUP as HEAD_GROUP
 from .head import QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
 from .metadata import read_metadata
-from .plan import untile_scales
+from .sources import untile_scales
+from .vocabulary import EMBEDDING, HEAD
 
 # Operator -> its nodes, named by what follows the layer -> the linears that its attributes N… are the rows of. A node
 # of one linear is named like it.
@@ -84,14 +85,18 @@ class OnnxWeights:
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """See Weights."""
         vocab, hidden = self.config.vocab_size, self.config.hidden_size
-        if name == "lm_head.weight":
+        if name == f"{HEAD}.weight":
+            if (rows := self.binary_head()) is not None:
+                return rows.dense()
             if "lm_head.tiles" in self.tensors:
                 bits, tiles = self._head_tiles()
                 return head_from_tiles(tiles, bits, vocab, hidden).dequantize(hidden)
             if "lm_head.codes" in self.tensors:
                 return dequantize_stock(*self._stock_head(), hidden)
             return np.ascontiguousarray(self._read(name, (hidden, vocab)).T)
-        if name == "model.embed_tokens.weight":
+        if name == f"{EMBEDDING}.weight":
+            if (rows := self.binary_embedding()) is not None:
+                return rows.dense()
             return self._read(name, (vocab, hidden)).astype(np.float32, copy=False)
         is_of_head = name.endswith(("q_norm.weight", "k_norm.weight"))
         return self._read(name, (self.config.head_dim if is_of_head else hidden,))
@@ -102,20 +107,25 @@ class OnnxWeights:
         pattern = self.config.scaling_pattern
         if pattern == "none":
             return np.ascontiguousarray(self._read(f"{name}.weight", (k, n)).T)
-        alpha, beta = self.scales(name)
-        tiles = self._read(f"{name}.bits", (-(-n // 16), -(-k // 32), 64))
-        packed = untile_bits(tiles, n, k)
-        return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
+        return self._binary(name, n, k, pattern)
 
     def scales(self, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         """See HasScales."""
         n, k = self.config.linear_shapes()[name.split(".", 3)[3]]
-        pattern = self.config.scaling_pattern
-        if pattern == "block":
-            tiled = self._read(f"{name}.alpha", (-(-n // 16), -(-k // BLOCK_SIZE), 16))
-            return untile_scales(tiled, n), None
-        shape = {"column": (k,), "row": (n,), "single": (1,)}[pattern]
-        return self._read(f"{name}.alpha", shape), self._read(f"{name}.beta", shape)
+        return self._scales(name, n, k, self.config.scaling_pattern)
+
+    def binary_embedding(self) -> BinaryLinear | None:
+        """See HasBinaryRows. Where a model has none of its own, it looks its rows up in the head."""
+        for name in (EMBEDDING, HEAD):
+            if f"{EMBEDDING}.weight" not in self.tensors and f"{name}.bits" in self.tensors:
+                return self._binary(name, self.config.vocab_size, self.config.hidden_size, "block")
+        return None
+
+    def binary_head(self) -> BinaryLinear | None:
+        """See HasBinaryRows."""
+        if f"{HEAD}.bits" not in self.tensors:
+            return None
+        return self._binary(HEAD, self.config.vocab_size, self.config.hidden_size, "block")
 
     def quantized_head(self, bits: int) -> QuantizedHead | None:
         """See HasQuantizedHead: a head that goes into another file of the same precision is copied."""
@@ -126,6 +136,20 @@ class OnnxWeights:
         elif "lm_head.codes" in self.tensors:
             head = head_from_stock(*self._stock_head())
         return head if head is not None and head.bits == bits else None
+
+    def _binary(self, name: str, n: int, k: int, pattern: ScalingPattern) -> BinaryLinear:
+        alpha, beta = self._scales(name, n, k, pattern)
+        packed = untile_bits(self._read(f"{name}.bits", (-(-n // 16), -(-k // 32), 64)), n, k)
+        return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
+
+    def _scales(
+        self, name: str, n: int, k: int, pattern: ScalingPattern
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """Alpha and, but for `block`, beta."""
+        if pattern == "block":
+            return untile_scales(self._read(f"{name}.alpha", (-(-n // 16), -(-k // BLOCK_SIZE), 16)), n), None
+        shape = {"column": (k,), "row": (n,), "single": (1,)}[pattern]
+        return self._read(f"{name}.alpha", shape), self._read(f"{name}.beta", shape)
 
     def _head_tiles(self) -> tuple[int, npt.NDArray[np.uint8]]:
         """Bits and tiles."""
@@ -176,7 +200,7 @@ def _check_nodes(path: Path, model: ModelProto, config: ModelConfig) -> None:
             continue
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         attributes["scale_form"] = attributes.get("scale_form", b"").decode()
-        expected = _expected_attributes(node.op_type, ".".join(node.name.split(".")[3:]), config)
+        expected = _expected_attributes(node.op_type, node.name, config)
         if expected is None:
             raise ModelFileError(f"{path}: by its config there is no node {node.name} of type {node.op_type}")
         got = {name: attributes.get(name) for name in expected}
@@ -188,7 +212,10 @@ def _check_nodes(path: Path, model: ModelProto, config: ModelConfig) -> None:
 
 
 def _expected_attributes(op_type: str, name: str, config: ModelConfig) -> dict[str, Any] | None:
-    """What the config says of a node, `name` without its layer; None where it has no such node."""
+    """What the config says of a node; None where it has no such node."""
+    if (op_type, name) == (OP_TYPE, HEAD):
+        return {"N": config.vocab_size, "K": config.hidden_size, "scale_form": config.scaling_pattern}
+    name = ".".join(name.split(".")[3:])
     shapes = config.linear_shapes()
     linears = _LINEARS_OF[op_type].get(name, {"N": name} if op_type == OP_TYPE else {})
     if not linears or any(linear not in shapes for linear in linears.values()):

@@ -24,7 +24,7 @@ from onnx import ModelProto, TensorProto  # noqa: TID253
 from fbiedge.errors import OutputError
 from fbiedge.files import atomic_files, real_target
 
-from .plan import Source, TensorSpec
+from .sources import Source, TensorSpec
 
 EMBED_LIMIT_BYTES = 64 * 1000 * 1000
 _INLINE_BELOW_BYTES = 1024

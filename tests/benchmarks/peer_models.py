@@ -26,7 +26,8 @@ from fbiedge.exporters.onnx.fallback import DOMAIN, OP_TYPE, OPSET
 from fbiedge.exporters.onnx.graph import CONTRIB, build_graph
 from fbiedge.exporters.onnx.metadata import make_metadata
 from fbiedge.exporters.onnx.options import ACCURACY_LEVELS, ExportOptions
-from fbiedge.exporters.onnx.plan import Losses, Source, TensorSpec, inventory, plan_tensors
+from fbiedge.exporters.onnx.plan import Losses, plan_tensors
+from fbiedge.exporters.onnx.sources import Source, TensorSpec, inventory
 from fbiedge.exporters.onnx.writer import write_model
 from fbiedge.weights import BinaryLinear, Weights
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fbiedge.bits import pack_bits, tile_bits, unpack_bits
 from fbiedge.config import BLOCK_SIZE, ScalingPattern
 from fbiedge.exporters.onnx.fallback import binary_matmul_function, nibble_table
-from fbiedge.exporters.onnx.plan import tile_scales
+from fbiedge.exporters.onnx.sources import tile_scales
 
 FORMS: tuple[ScalingPattern, ...] = ("column", "row", "single", "block")
 SIZES = [

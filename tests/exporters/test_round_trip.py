@@ -18,7 +18,7 @@ import fbiedge
 from fbiedge.config import ModelConfig, ScalingPattern
 from fbiedge.errors import CheckpointError, UsageError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
-from fbiedge.exporters.onnx.plan import tile_scales, untile_scales
+from fbiedge.exporters.onnx.sources import tile_scales, untile_scales
 from fbiedge.initialize import byte_tokenizer
 from fbiedge.weights import BinaryLinear, Weights, open_checkpoint, write_checkpoint
 

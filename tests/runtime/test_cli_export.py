@@ -51,10 +51,10 @@ def test_a_model_is_not_exported_onto_itself(
 def test_an_export_that_comes_out_wrong_is_dropped(
     fbiedge: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fbiedge.exporters.onnx import plan
+    from fbiedge.exporters.onnx import sources
 
-    tile_bits = plan.tile_bits
-    monkeypatch.setattr(plan, "tile_bits", lambda packed: tile_bits(~packed))
+    tile_bits = sources.tile_bits
+    monkeypatch.setattr(sources, "tile_bits", lambda packed: tile_bits(~packed))
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.onnx").write_text("an earlier one")
