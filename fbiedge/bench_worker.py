@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .engines import is_gguf, open_session
+from .engines import import_engine, is_gguf, open_session
 from .errors import FbiEdgeError
 from .machine import peak_rss_bytes
 
@@ -33,8 +33,9 @@ def main() -> None:
 
 def _serve(settings: dict[str, Any]) -> None:
     depth, tokens = settings["depth"], settings["tokens"]
-    started = perf_counter()
     path = Path(settings["model"])
+    import_engine(path)
+    started = perf_counter()
     session = open_session(
         path,
         threads=settings["threads"],

@@ -121,7 +121,7 @@ def generate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="MODEL", help="model.onnx or a checkpoint folder")],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="model.onnx, model.gguf or a checkpoint folder")],
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Show what a model is made of: architecture, scale form, bits a weight, sizes, metadata."""

@@ -1,6 +1,7 @@
 """Which engine runs a model, by what the model is:
 
     model.onnx      ONNX Runtime with the op library                 session.Session
+    model.gguf      llama.cpp, through llama-cpp-python              llama_cpp_session.LlamaCppSession
     a checkpoint    numpy, the slow and obvious one (logits only)    reference.Reference
 
 Sessions of both kinds are a `CachedSession`, so chat, generate and bench don't know which one they drive.
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from .cached_session import CachedSession
 from .config import ModelConfig
+from .errors import UsageError
 from .model_file import ModelFile
 from .tokenizer import Tokenizer
 
@@ -44,7 +46,21 @@ def is_checkpoint(path: Path) -> bool:
 
 def open_model(path: Path) -> ModelFile:
     """What the model.onnx or model.gguf at `path` says about itself. Raises ModelFileError."""
+    if is_gguf(path):
+        from .gguf_model import open_gguf_model
+
+        return open_gguf_model(path)
     return ModelFile.open(path)
+
+
+def import_engine(path: Path) -> None:
+    """Import what `open_session` needs for `path`, which takes longer than opening a small model. Raises UsageError."""
+    if is_gguf(path):
+        from .llama_cpp_session import load_library
+
+        load_library()
+    else:
+        from . import session  # noqa: F401
 
 
 def open_session(
@@ -54,10 +70,19 @@ def open_session(
     accuracy_level: str | None = None,
     context: int | None = None,
 ) -> CachedSession:
-    """A session of the engine for `path`; the options are those of Session.open.
+    """A session of the engine for `path`; the options are those of Session.open and LlamaCppSession.open.
 
     Raises ModelFileError, UsageError.
     """
+    if is_gguf(path):
+        from .llama_cpp_session import LlamaCppSession
+
+        if accuracy_level is not None:
+            raise UsageError(
+                f"--accuracy-level {accuracy_level} can't be had for {path}: llama.cpp chooses how a GGUF is computed; "
+                "leave the option away, or export the model to ONNX"
+            )
+        return LlamaCppSession.open(path, threads=threads, context=context)
     from .session import Session
 
     return Session.open(path, threads=threads, accuracy_level=accuracy_level, context=context)

@@ -1,4 +1,4 @@
-"""What is inside a model.onnx or a checkpoint: architecture, scale form, bits a weight by group of tensors, sizes.
+"""What is inside a model.onnx, a model.gguf or a checkpoint: architecture, scale form, bits a weight by group of tensors, sizes.
 
 From metadata and shapes alone: no weight is read, so a 7B model takes no longer than a tiny one.
 """
@@ -6,12 +6,17 @@ From metadata and shapes alone: no weight is read, so a 7B model takes no longer
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import BLOCK_SIZE, ModelConfig
+from .engines import is_checkpoint, is_gguf, open_model
 from .errors import ModelFileError
 from .model_file import ModelFile
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class Inspection:
     """One model or checkpoint."""
 
     path: Path
-    kind: str  # "onnx" or "checkpoint"
+    kind: str  # "onnx", "gguf" or "checkpoint"
     config: ModelConfig
     groups: tuple[Group, ...]
     files: dict[str, int]  # bytes by file name
@@ -60,10 +65,12 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Inspect a model.onnx or a checkpoint folder. Raises ModelFileError, CheckpointError."""
+    """Inspect a model.onnx, a model.gguf or a checkpoint folder. Raises ModelFileError, CheckpointError."""
     path = Path(path)
-    if path.is_dir() and not (path / "model.onnx").is_file() and (path / "config.json").is_file():
+    if is_checkpoint(path):
         return _inspect_checkpoint(path)
+    if is_gguf(path):
+        return _inspect_gguf(path)
     return _inspect_onnx(ModelFile.open(path))
 
 
@@ -99,6 +106,55 @@ def _inspect_onnx(model: ModelFile) -> Inspection:
             **{f"metadata {key}": size for key, size in sizes.items()},
         },
     )
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    """From the header; an adapter beside the model counts among the files alone."""
+    from .gguf_file import GgufFile
+    from .llama_cpp_session import find_adapter
+
+    model, file = open_model(path), GgufFile.open(path)
+    tensors: dict[str, list[GgufTensor]] = {}
+    for tensor in file.tensors.values():
+        tensors.setdefault(_gguf_group(tensor.name), []).append(tensor)
+    adapter = find_adapter(file)
+    return Inspection(
+        path=path,
+        kind="gguf",
+        config=model.config,
+        groups=tuple(
+            Group(
+                group=group,
+                tensors=len(members),
+                parameters=sum(prod(tensor.shape) for tensor in members),
+                bytes=sum(tensor.nbytes for tensor in members),
+                form=" and ".join(sorted({tensor.ggml_type for tensor in members})),
+            )
+            for group, members in tensors.items()
+        ),
+        files={entry.name: entry.stat().st_size for entry in (path, adapter) if entry},
+        properties={
+            "scale form": model.config.scaling_pattern,
+            "GGUF architecture": model.config.model_type,
+            "name": str(file.metadata.get("general.name", "unknown")),
+            "producer": model.metadata["producer"],
+            "tokenizer": str(file.metadata.get("tokenizer.ggml.model")),
+            "chat template": "yes" if "chat_template" in model.metadata else "no",
+        },
+    )
+
+
+def _gguf_group(name: str) -> str:
+    """The group of a tensor, as in an inventory of ours."""
+    if "norm" in name:
+        return "norms"
+    stems = {
+        "token_embd": "embedding",
+        "output.": "head",
+        "rope_": "rope",
+        "blk": "mlp" if ".ffn_" in name else "attention",
+    }
+    return next((group for stem, group in stems.items() if name.startswith(stem)), "other")
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:
