@@ -19,9 +19,9 @@ from .progress import run_with_progress
 from .run import COLUMN_SHARED, RunPlan, prepare_run
 
 STOPPED = 130  # the exit code of a run that Ctrl-C or SIGTERM stopped
-# Steps, peak learning rate and warm-up steps where the options don't say.
-FROM_SCRATCH = (1000, 3e-4, 100)
-FINE_TUNE = (500, 1e-4, 20)
+# Where the options don't say; others are the same for both.
+FROM_SCRATCH = TrainConfig(steps=1000)
+FINE_TUNE = TrainConfig(steps=500, learning_rate=1e-4, warmup_steps=20)
 
 app = typer.Typer(add_completion=False)
 
@@ -111,13 +111,13 @@ def train(
             raise UsageError(
                 f"sequences of {sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
             )
-        default_steps, default_rate, default_warmup = FROM_SCRATCH if init is None else FINE_TUNE
+        usual = FROM_SCRATCH if init is None else FINE_TUNE
         training = TrainConfig(
-            steps=default_steps if steps is None else steps,
-            batch_size=batch_size, sequence_length=sequence_length,
-            learning_rate=default_rate if learning_rate is None else learning_rate,
-            warmup_steps=default_warmup if warmup_steps is None else warmup_steps, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, bf16=bf16,
-            compile=compile_model, checkpoint_every=checkpoint_every, eval_every=eval_every,
+            steps=usual.steps if steps is None else steps,
+            learning_rate=usual.learning_rate if learning_rate is None else learning_rate,
+            warmup_steps=usual.warmup_steps if warmup_steps is None else warmup_steps,
+            batch_size=batch_size, sequence_length=sequence_length, weight_decay=weight_decay, grad_clip=grad_clip,
+            seed=seed, bf16=bf16, compile=compile_model, checkpoint_every=checkpoint_every, eval_every=eval_every,
         )  # fmt: skip
         plan = RunPlan(
             model=model, training=training, teacher=None if teacher is None else str(teacher.resolve()),

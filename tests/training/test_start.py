@@ -142,7 +142,9 @@ def test_the_command_fine_tunes_with_defaults_of_its_own(
     assert "column-shared" in printed and "rounded to fp16" in printed and "--to gguf" in printed
     plan = RunPlan.load(tmp_path / "a")
     assert plan.init == str(teacher) and plan.shared_scales and plan.model == model_config("column")
-    assert (plan.training.learning_rate, plan.training.warmup_steps) == cli.FINE_TUNE[1:]
+    assert plan.training == dataclasses.replace(
+        cli.FINE_TUNE, steps=3, batch_size=2, sequence_length=32, bf16=plan.training.bf16
+    )
     assert json.loads((tmp_path / "a" / "run.json").read_text())["shared_scales"] is True
     cli.main([*arguments, "--init", str(tmp_path / "a" / "model"), "--scaling-pattern", "row", "--steps", "1", "-o", str(tmp_path / "b")])  # fmt: skip
     assert open_checkpoint(tmp_path / "b" / "model").config.scaling_pattern == "row"
