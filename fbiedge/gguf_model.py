@@ -75,18 +75,17 @@ def adapter_path(model: Path) -> Path:
     return model.with_name(f"{model.name.removesuffix('.gguf')}.beta.gguf")
 
 
-def find_adapter(file: GgufFile) -> GgufFile | None:
+def find_adapter(file: GgufFile) -> Path | None:
     """The adapter beside the model `file`, None where none is. Raises ModelFileError for one of another model."""
     path = adapter_path(file.path)
     if not path.is_file():
         return None
-    adapter = GgufFile.open(path)
-    wanted, stated = file.metadata.get("fbiedge.weights_sha256"), adapter.metadata.get("fbiedge.beta_of")
+    wanted, stated = file.metadata.get("fbiedge.weights_sha256"), GgufFile.open(path).metadata.get("fbiedge.beta_of")
     if wanted is None or stated != wanted:
         raise ModelFileError(
             f"{path} lies beside {file.path.name} but was not made for it; move it away, or export the model again"
         )
-    return adapter
+    return path
 
 
 def open_gguf_model(path: Path) -> ModelFile:
@@ -105,7 +104,7 @@ def open_gguf_model(path: Path) -> ModelFile:
             **{key: files[name] for name, key in _METADATA_KEYS.items() if name in files},
         },
         file_bytes=file.file_bytes,
-        external_bytes={} if adapter is None else {adapter.path.name: adapter.file_bytes},
+        external_bytes={} if adapter is None else {adapter.name: adapter.stat().st_size},
     )
 
 

@@ -111,7 +111,7 @@ def _inspect_onnx(model: ModelFile) -> Inspection:
 def _inspect_gguf(path: Path) -> Inspection:
     """From the header; an adapter beside the model counts among the files alone."""
     from .gguf_file import GgufFile
-    from .llama_cpp_session import find_adapter
+    from .gguf_model import find_adapter
 
     model, file = open_model(path), GgufFile.open(path)
     tensors: dict[str, list[GgufTensor]] = {}

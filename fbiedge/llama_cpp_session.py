@@ -26,7 +26,7 @@ from .cached_session import CHUNK, CachedSession, check_context, threads_to_use
 from .config import ModelConfig
 from .errors import ModelFileError, UsageError
 from .gguf_file import GgufFile
-from .gguf_model import open_gguf_model
+from .gguf_model import find_adapter, open_gguf_model
 from .kv_cache import Precision, cache_bytes
 from .llama_cpp_checks import check_for_llama_cpp
 from .machine import memory_bytes
@@ -136,24 +136,6 @@ class LlamaCppSession(CachedSession):
         rows = np.ctypeslib.as_array(api.llama_get_logits(self._context), (keep, self.config.vocab_size))
         self._tokens.extend(ids)  # last, and in one step: Ctrl-C may come anywhere before it
         return rows
-
-
-def adapter_path(model: Path) -> Path:
-    """Where the adapter of a model lies: model.gguf -> model.beta.gguf."""
-    return model.with_name(f"{model.name.removesuffix('.gguf')}.beta.gguf")
-
-
-def find_adapter(file: GgufFile) -> Path | None:
-    """The adapter beside the model `file`, None where none is. Raises ModelFileError for one of another model."""
-    path = adapter_path(file.path)
-    if not path.is_file():
-        return None
-    wanted, stated = file.metadata.get("fbiedge.weights_sha256"), GgufFile.open(path).metadata.get("fbiedge.beta_of")
-    if wanted is None or stated != wanted:
-        raise ModelFileError(
-            f"{path} lies beside {file.path.name} but was not made for it; move it away, or export the model again"
-        )
-    return path
 
 
 def layer_types(file: GgufFile) -> str:

@@ -50,7 +50,8 @@ def open_gguf(path: Path) -> GgufWeights:
             f"{file.path} has {tokens} tokens, but token_embd.weight has {config.vocab_size} rows; expected as many"
         )
     adapter = None
-    if (beside := find_adapter(file)) is not None:
+    if (path_beside := find_adapter(file)) is not None:
+        beside = GgufFile.open(path_beside)
         adapter = Adapter.of(beside, {gguf_name(name): shape for name, shape in stored.items() if "_proj." in name})
         config = replace(config, scaling_pattern=_pattern_with_adapter(file, beside))
     return GgufWeights(config=config, files=files, file=file, adapter=adapter)

@@ -18,7 +18,8 @@ from fbiedge.config import ModelConfig
 from fbiedge.cpu import default_threads
 from fbiedge.errors import ModelFileError, UsageError
 from fbiedge.gguf_file import GgufFile
-from fbiedge.llama_cpp_session import LlamaCppSession, adapter_path, find_adapter
+from fbiedge.gguf_model import adapter_path, find_adapter
+from fbiedge.llama_cpp_session import LlamaCppSession
 from fbiedge.metrics import compare_logits
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights, open_checkpoint
