@@ -29,7 +29,7 @@ _STEPS = 127
 def attention_function(*, norms: bool = False) -> FunctionProto:
     """The function; all nodes that use it must give q_norm and k_norm, or none: a body can't tell."""
     body = Body()
-    qkv = _normed_heads(body) if norms else "qkv"
+    qkv = _normed_heads(body) if norms else ["qkv", "", ""]
     total = body.add("Cast", ["total_sequence_length"], "total_int64", to=TensorProto.INT64)
     length = body.add("Reshape", [total, body.ints([-1])], "length")
     # 1. The attention over the past in float. Of a past longer than the sequence, the rows beyond it stay out.
@@ -42,7 +42,7 @@ def attention_function(*, norms: bool = False) -> FunctionProto:
     past = ["float_past_key", "float_past_value"]
     node = helper.make_node(
         "GroupQueryAttention",
-        [qkv, "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+        [*qkv, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
         ["attention", "float_key", "float_value"],
         domain="com.microsoft",
         do_rotary=1,
@@ -81,8 +81,11 @@ def attention_function(*, norms: bool = False) -> FunctionProto:
     )
 
 
-def _normed_heads(body: Body) -> str:
-    """qkv with an RMS norm over each head of queries and keys."""
+def _normed_heads(body: Body) -> list[str]:
+    """q, k and v, with an RMS norm over each head of q and k.
+
+    Apart, because ONNX Runtime 1.22 infers a wrong shape from q, k and v side by side where it doesn't know their width.
+    """
     queries, kv_heads = body.attribute("num_heads"), body.attribute("kv_num_heads")
     head_dim = body.add("Shape", ["q_norm"], "head_dim")
     by_head = body.add("Concat", [body.ints([0, 0, -1]), head_dim], "heads_shape", axis=0)
@@ -90,9 +93,9 @@ def _normed_heads(body: Body) -> str:
     counts = body.add("Concat", [queries, kv_heads, kv_heads], "head_counts", axis=0)
     parts = ["q_heads", "k_heads", "v_heads"]
     body.nodes.append(helper.make_node("Split", [heads, counts], parts, axis=2))
-    normed = [body.rms_norm(f"{part}_heads", f"{part}_norm", f"{part}_normed") for part in "qk"]
-    joined = body.add("Concat", [*normed, "v_heads"], "normed_heads", axis=2)
-    return body.add("Reshape", [joined, body.ints([0, 0, -1])], "normed_qkv")
+    parts[:2] = [body.rms_norm(f"{part}_heads", f"{part}_norm", f"{part}_normed") for part in "qk"]
+    flat = body.ints([0, 0, -1])
+    return [body.add("Reshape", [part, flat], f"{part}_flat") for part in parts]
 
 
 def _slice(body: Body, rows: str, start: str, end: str, output: str) -> str:
