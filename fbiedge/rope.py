@@ -7,8 +7,9 @@
               by `factor`, blended between; cos and sin times attention_factor, 1 + ln(factor) / 10 where not given
     factors   a divisor for each frequency, as GGUF's rope_freqs.weight holds them; `longrope` in Hugging Face's spelling
 
-Names and definitions are Hugging Face's. ggml's are the same, to rounding, with one exception: llama.cpp (0.3.36 of its
-bindings) ignores a yarn_attn_factor in the file and always multiplies by 1 + ln(factor) / 10.
+Names and definitions are Hugging Face's. ggml's are the same to rounding, but llama.cpp (as in llama-cpp-python 0.3.36)
+takes no details of yarn from the file of a Llama or a Qwen3: it is always 32, 1 and 1 + ln(factor) / 10, the latter times
+rope.scaling.attn_factor. And it reads divisors of a Llama only. tests/reference/test_llama_cpp.py has each of these.
 """
 
 from __future__ import annotations
