@@ -96,17 +96,22 @@ def test_logits_are_those_of_fp32_rows(tied: bool, library: Path | None, tmp_pat
 
 
 @pytest.mark.parametrize("isa", ops_library.available_isas())
-def test_in_a_session_on_every_isa(isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_in_a_session_on_every_isa(head_dim: int, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fp32 activations and cache, the reference's logits to rounding; with int8 the same bits on every ISA."""
-    weights, exact, fast = qwen3(), tmp_path / "exact.onnx", tmp_path / "fast.onnx"
+    weights, exact, fast = qwen3(head_dim=head_dim), tmp_path / "exact.onnx", tmp_path / "fast.onnx"
     export_onnx(weights, exact, **FP32)
     export_onnx(weights, fast)
-    expected = Reference(weights).logits(IDS)
+    reference = Reference(weights)
+    expected = reference.logits(IDS)
     int8 = Session.open(fast).all_logits(IDS)
     monkeypatch.setenv("FBIEDGE_ISA", isa)
     session = Session.open(exact)
     assert (session.isa, session.head_activations) == (isa, "fp32")
-    np.testing.assert_allclose(session.all_logits(IDS), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    rounding = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(session.all_logits(IDS), expected, rtol=0, atol=rounding)
+    for token in (7, 64, 100):
+        np.testing.assert_allclose(session.forward([token]), reference.logits([token])[0], rtol=0, atol=rounding)
     session = Session.open(fast)
     assert (session.isa, session.head_activations, session.model.kv_cache) == (isa, "int8", "int8")
     np.testing.assert_array_equal(session.all_logits(IDS), int8)
