@@ -1,8 +1,9 @@
-"""The command `fbiedge export`."""
+"""The command `fbiedge export`: checkpoint folder, model.onnx or model.gguf -> model.onnx or model.gguf."""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,18 +12,36 @@ import typer
 from .cli_support import extra, read_text
 from .errors import UsageError
 
+FORMATS = ("onnx", "gguf")
+
 
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="checkpoint folder (FBI-LLM's or Hugging Face's form), or a model.onnx of ours")
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="checkpoint folder (FBI-LLM's or Hugging Face's form), a model.onnx of ours, or a model.gguf"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
-    to: Annotated[str, typer.Option(help="format: onnx")] = "onnx",
-    accuracy_level: Annotated[str, typer.Option(help="activations: int8 or fp32")] = "int8",
-    head: Annotated[str, typer.Option(help="lm_head: int8, int4 or fp32")] = "int8",
-    embedding: Annotated[str, typer.Option(help="embedding: fp32 or fp16")] = "fp32",
+    to: Annotated[
+        str | None, typer.Option(help="format: onnx or gguf; default: by the output's name, else onnx")
+    ] = None,
+    accuracy_level: Annotated[str | None, typer.Option(help="onnx: activations, int8 (default) or fp32")] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="lm_head; onnx: int8 (default), int4, fp32; gguf: f16 (default), q8_0, q1_0, f32"),
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="embedding; onnx: fp32 (default) or fp16; gguf: f16 (default), q8_0, q1_0, f32")
+    ] = None,
     kv_cache: Annotated[
-        str | None, typer.Option(help="keys and values: int8 or fp32; default: int8 where the heads allow it")
+        str | None, typer.Option(help="onnx: keys and values, int8 or fp32; default: int8 where the heads allow it")
+    ] = None,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="gguf: also where scales per input can only be approximated")
+    ] = False,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="gguf: text that approximations are fitted to; default: a built-in one")
     ] = None,
     verify_text: Annotated[
         Path | None, typer.Option(help="text to measure the loss on; default: a built-in one")
@@ -30,38 +49,110 @@ def export(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json to put into the model; default: the checkpoint's")
     ] = None,
+    name: Annotated[str | None, typer.Option(help="gguf: the model's name; default: the output's")] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="gguf: the model's license; default: its README.md's")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="gguf: what it was made from; default: its README.md's")
+    ] = None,
 ) -> None:
-    """Export a checkpoint to a model.onnx, check it against the reference, and print what was lost."""
-    from dataclasses import replace
-
+    """Export a model to ONNX or GGUF, check it against the reference, and print what was lost."""
     from . import terminal
+
+    kind = to or ("gguf" if output.suffix == ".gguf" else "onnx")
+    if kind not in FORMATS:
+        raise UsageError(f"format is {kind!r}, expected {' or '.join(FORMATS)}")
+    if output.is_file() and output.suffix != f".{kind}":
+        raise UsageError(f"{output} exists and is not a .{kind} file; choose another name for the model")
+    onnx_only = {"accuracy-level": accuracy_level, "kv-cache": kv_cache}
+    gguf_only = {
+        "allow-lossy": allow_lossy or None, "calibration-text": calibration_text, "name": name, "license": license_,
+        "base-model": base_model,
+    }  # fmt: skip
+    for option, value in (onnx_only if kind == "gguf" else gguf_only).items():
+        if value is not None:
+            other = "onnx" if kind == "gguf" else "gguf"
+            raise UsageError(f"--{option} is for --to {other}, and this goes to {kind}; leave it out")
+    if kind == "gguf" and source.suffix == ".gguf":
+        raise UsageError(f"{source} is a GGUF already; give a checkpoint or a model.onnx, or export it with --to onnx")
+    text = read_text(verify_text) if verify_text else None
+    calibration = read_text(calibration_text) if calibration_text else None
+    brought = {"tokenizer.json": read_text(tokenizer)} if tokenizer else {}
+    weights = _open(source, brought)
+    if "tokenizer.json" not in weights.files:
+        if kind == "gguf":
+            raise UsageError(f"{source} has no tokenizer.json, which a GGUF must carry; {_advice(source)}")
+        terminal.print_warning(
+            f"{source} has no tokenizer.json: it is checked on random ids, and chat and generate won't take it; "
+            f"{_advice(source)}"
+        )
+    settings: dict[str, Any] = {
+        option: value for option, value in (("head", head), ("embedding", embedding)) if value is not None
+    }
+    with terminal.progress_bar("exporting") as update:
+
+        def progress(_name: str, done: int, total: int) -> None:
+            update(done, total)
+
+        if kind == "onnx":
+            settings |= {"accuracy_level": accuracy_level or "int8", "kv_cache": kv_cache}
+            report = _to_onnx(weights, output, text, progress, settings)
+        else:
+            provenance = {"name": name or output.stem, "license": license_, "base_model": base_model}
+            settings |= {"allow_lossy": allow_lossy}
+            report = _to_gguf(weights, source, output, (calibration, text), progress, provenance, settings)
+    if kind == "onnx":
+        terminal.print_export(report)
+    else:
+        terminal.print_gguf_export(report)
+
+
+def _open(source: Path, brought: dict[str, str]) -> Any:
+    """The weights of any source, with the files that the user brings."""
     from .weights import open_checkpoint
 
-    if to != "onnx":
-        raise UsageError(f"format is {to!r}, expected onnx")
-    if output.is_file() and output.suffix != ".onnx":
-        raise UsageError(f"{output} exists and is not a .onnx file; choose another name for the model")
-    text = read_text(verify_text) if verify_text else None
-    brought = {"tokenizer.json": read_text(tokenizer)} if tokenizer else {}
+    weights: Any
+    with extra("export"):
+        if source.suffix == ".onnx":  # goes the same way again, to change the form of its head, say
+            weights = importlib.import_module("fbiedge.exporters.onnx").open_onnx(source)
+        elif source.suffix == ".gguf":
+            weights = importlib.import_module("fbiedge.exporters.gguf.reader").open_gguf(source)
+        else:
+            weights = open_checkpoint(source)
+    return replace(weights, files={**weights.files, **brought})
+
+
+def _to_onnx(weights: Any, output: Path, text: str | None, progress: Any, settings: dict[str, Any]) -> Any:
     with extra("export"):
         exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
-    # A model.onnx goes the same way again, to change its accuracy level or the form of its head.
-    weights: Any = exporter.open_onnx(checkpoint) if checkpoint.suffix == ".onnx" else open_checkpoint(checkpoint)
-    weights = replace(weights, files={**weights.files, **brought})
-    if "tokenizer.json" not in weights.files:
-        terminal.print_warning(_no_tokenizer(checkpoint))
     ids = exporter.default_text_ids(weights, text)
-    with terminal.progress_bar("exporting") as update:
-        report = exporter.export_onnx(
-            weights, output, accuracy_level=accuracy_level, head=head, embedding=embedding, kv_cache=kv_cache,
-            progress=lambda _name, done, total: update(done, total), verify_on=ids,
-        )  # fmt: skip
-    terminal.print_export(report)
+    return exporter.export_onnx(weights, output, progress=progress, verify_on=ids, **settings)
 
 
-def _no_tokenizer(checkpoint: Path) -> str:
-    """What to do about a checkpoint without tokenizer.json."""
+def _to_gguf(
+    weights: Any,
+    source: Path,
+    output: Path,
+    texts: tuple[str | None, str | None],
+    progress: Any,
+    provenance: dict[str, str | None],
+    settings: dict[str, Any],
+) -> Any:
+    with extra("export"):
+        exporter: Any = importlib.import_module("fbiedge.exporters.gguf")
+        text_ids: Any = importlib.import_module("fbiedge.exporters.onnx").default_text_ids
+    known = exporter.read_provenance(source, provenance["name"])
+    known = replace(known, **{field: value for field, value in provenance.items() if value is not None})
+    calibration, text = (text_ids(weights, given) for given in texts)
+    return exporter.export_gguf(
+        weights, output, calibration_ids=calibration, verify_ids=text, provenance=known, progress=progress, **settings
+    )
+
+
+def _advice(source: Path) -> str:
+    """Where a tokenizer.json comes from."""
     advice = "give one with --tokenizer FILE"
-    if (checkpoint / "tokenizer.model").is_file():
+    if (source / "tokenizer.model").is_file():
         advice += ", made from tokenizer.model (SentencePiece) by transformers' AutoTokenizer and save_pretrained"
-    return f"{checkpoint} has no tokenizer.json: it is checked on random ids, and chat and generate won't take it; {advice}"
+    return advice

@@ -148,6 +148,7 @@ def print_stats(stats: GenerationStats, session: CachedSession, *, engine: bool)
     err.print(Text(" · ".join(fields), style="dim"), soft_wrap=True)
 
 
+_ARCHITECTURES = {"llama": "Llama", "qwen3": "Qwen3"}
 _REASONS = {
     "end": "the model",
     "stop": "a stop string",
@@ -247,7 +248,7 @@ def print_inspection(inspection: Inspection) -> None:
     rows = {
         "file": str(inspection.path),
         "kind": inspection.kind,
-        "architecture": f"Llama, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        "architecture": f"{_ARCHITECTURES[config.model_type]}, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"FFN {config.intermediate_size}, {config.num_attention_heads} heads of {config.head_dim}, "
         f"{config.num_key_value_heads} KV heads",
         "vocabulary": f"{config.vocab_size:,}",
@@ -308,6 +309,39 @@ def print_export(report: Any) -> None:
         f"checked against the numpy reference on {loss.note}: max logit error {loss.max_logit_error:.3g}, "
         f"KL divergence {loss.kl_divergence:.3g} nats, top-1 agreement {100 * loss.top1_agreement:.1f} %"
     )
+
+
+def print_gguf_export(report: Any) -> None:
+    """What `export_gguf` wrote, and what its form can't hold."""
+    print_text(f"wrote {report.model} ({report.model_bytes:,} bytes)")
+    if report.adapter is not None:
+        print_text(f"wrote {report.adapter} ({report.adapter_bytes:,} bytes): the offsets beta, as a LoRA (llama.cpp --lora)")
+    _print_table(_group_table(report.inventory))
+    if report.zeros:
+        print_text(f"{report.zeros:,} latent weights were exactly 0 and became +1")
+    if report.clamped:
+        print_text(f"{report.clamped:,} scales of 0 became a millionth of their tensor's largest")
+    if report.errors:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("fitted linear")
+        table.add_column("rms error of its outputs", justify="right")
+        for name, error in report.errors.items():
+            table.add_row(Text(name), f"{100 * error:.2f} %")
+        _print_table(table)
+        print_text(f"lossy: {len(report.errors)} linears were fitted to {report.fit_tokens:,} tokens")
+    elif report.costs is not None:
+        print_text("exact, but for rounding scales to fp16")
+    if (costs := report.costs) is not None:
+        print_text(f"perplexity of the source on {costs.tokens:,} tokens: {costs.perplexity:.4g}")
+        for form, cost in (("with its adapter", costs.with_adapter), ("without it", costs.without_adapter)):
+            if cost is not None:
+                print_text(
+                    f"{form if report.adapter else 'the GGUF'}: perplexity {cost.perplexity:.4g}, KL divergence "
+                    f"{cost.kl_divergence:.3g} nats, top-1 agreement {100 * cost.top1_agreement:.1f} %, "
+                    f"max logit error {cost.max_logit_error:.3g}"
+                )
+    for note in report.notes:
+        print_text(f"note: in llama.cpp, {note}")
 
 
 def print_bench(report: BenchReport) -> None:

@@ -1,0 +1,88 @@
+"""The fit of what doesn't fold: exact where it can be, no worse than any other d, and honest about what is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from support.gguf_checkpoints import IDS, gguf_checkpoint, gguf_config
+
+from fbiedge.bits import pack_bits, unpack_bits
+from fbiedge.exporters.gguf.export import _fold
+from fbiedge.exporters.gguf.fit import fit_scales, record_inputs, rms
+from fbiedge.exporters.gguf.folded import DenseWeights
+from fbiedge.reference import Reference, rms_norm
+
+GENERATOR = np.random.default_rng(0)
+PACKED = pack_bits(GENERATOR.normal(0, 1, (300, 256)))
+SIGNS = unpack_bits(PACKED, 256).astype(np.float32)
+NO_BETA = np.zeros(256, np.float32)
+
+
+def correlated(tokens: int) -> np.ndarray:
+    """Inputs of different sizes that move together."""
+    mixing = GENERATOR.normal(0, 1, (256, 256)) / 16 + np.eye(256)
+    return (GENERATOR.normal(0, 1, (tokens, 256)) * GENERATOR.uniform(0.1, 3, 256) @ mixing).astype(np.float32)
+
+
+def outputs(d: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    return inputs @ (SIGNS * np.repeat(d, 128, axis=1)).T
+
+
+def test_a_ratio_of_one_a_block_is_found() -> None:
+    ratio = np.repeat(np.array([0.7, 1.3], np.float32), 128)
+    d, error = fit_scales(PACKED, ratio, NO_BETA, correlated(500))
+    assert np.allclose(d, [0.7, 1.3], atol=1e-5) and error < 1e-5
+
+
+def test_no_other_scales_are_better() -> None:
+    ratio, inputs = GENERATOR.uniform(0.5, 1.5, 256).astype(np.float32), correlated(2000)
+    d, error = fit_scales(PACKED, ratio, NO_BETA, inputs)
+    wanted = inputs @ (SIGNS * ratio).T
+
+    def left(scales: np.ndarray) -> np.ndarray:
+        return np.square(outputs(scales, inputs) - wanted).sum(axis=0)  # by row
+
+    assert np.isclose(error, np.sqrt(left(d).sum() / np.square(wanted).sum()), rtol=1e-4)
+    for step in ([0.02, 0], [0, 0.02], [-0.02, 0.01]):
+        assert (left(d + np.array(step, np.float32)) > left(d)).all()
+    assert left(d).sum() < left(np.full_like(d, ratio.mean())).sum()
+
+
+def test_few_tokens_do_no_harm() -> None:
+    """With few positions, d stays near the mean of the ratio."""
+    ratio = GENERATOR.uniform(0.9, 1.1, 256).astype(np.float32)
+    d, _ = fit_scales(PACKED, ratio, NO_BETA, correlated(16))
+    assert np.abs(d - 1).max() < 0.2
+
+
+def test_inputs_are_those_of_the_reference(tmp_path: Path) -> None:
+    weights = gguf_checkpoint(tmp_path, gguf_config())
+    name = "model.layers.0.self_attn.q_proj"
+    found = record_inputs(weights, IDS, {name}, resident=True)
+    hidden = weights.tensor("model.embed_tokens.weight")[IDS]
+    expected = rms_norm(hidden, weights.tensor("model.layers.0.input_layernorm.weight"), weights.config.rms_norm_eps)
+    assert list(found) == [name] and np.array_equal(found[name], expected)
+    assert np.allclose(rms(found[name]), np.sqrt(np.square(expected).mean(axis=0)))
+
+
+def test_texts_longer_than_the_context_are_read_in_windows(tmp_path: Path) -> None:
+    weights = gguf_checkpoint(tmp_path, gguf_config(max_position_embeddings=16))
+    name = "model.layers.1.mlp.gate_proj"
+    found = record_inputs(weights, IDS, {name}, resident=False)
+    assert found[name].shape == (20, 128)
+    again = record_inputs(weights, IDS[16:], {name}, resident=True)
+    assert np.allclose(found[name][16:], again[name], atol=1e-5)
+
+
+def test_a_lossy_model_keeps_most(tmp_path: Path) -> None:
+    """The fitted model is nearer to the original than one whose d are the plain mean."""
+    weights = gguf_checkpoint(tmp_path, gguf_config(), shared=False)
+    ids = [int(token) for token in GENERATOR.integers(0, 259, 200)]
+    model, errors, tokens = _fold(weights, ids)
+    assert tokens == 200 and len(errors) == 2 * 6 and all(0 < error < 1 for error in errors.values())
+    expected = Reference(weights).logits(IDS)
+    loss = np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean()
+    plain = {name: np.full_like(d, 1) for name, d in model.fitted.items()}
+    object.__setattr__(model, "fitted", plain)
+    assert loss < np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean()
