@@ -45,6 +45,11 @@ class CachedSession(ABC):
         """What computes, in a few words."""
 
     @property
+    def warning(self) -> str | None:
+        """What a user should know before the answers, such as why they come slowly."""
+        return None
+
+    @property
     @abstractmethod
     def kv_cache(self) -> Precision:
         """How keys and values are held."""

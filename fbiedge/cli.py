@@ -27,7 +27,9 @@ app = typer.Typer(
 Model = Annotated[Path | None, typer.Argument(help="model.onnx or model.gguf; default: the bundled model")]
 Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
 AccuracyLevel = Annotated[str | None, typer.Option(help="activations: int8 or fp32; default: the model's")]
-Context = Annotated[int | None, typer.Option(help="tokens the KV cache holds; default: the model's most")]
+Context = Annotated[
+    int | None, typer.Option(help="tokens the KV cache holds; default: the model's most (a GGUF: in 2 GiB)")
+]
 MaxTokens = Annotated[int | None, typer.Option(help="stop after this many tokens")]
 Temperature = Annotated[float | None, typer.Option(help="0 always picks the most likely token")]
 TopK = Annotated[int | None, typer.Option(help="keep the k most likely tokens; 0 keeps all")]
@@ -230,19 +232,19 @@ def train(context: typer.Context) -> None:
 
 
 def _open_session(model: Path | None, threads: int | None, accuracy_level: str | None, context: int | None) -> Any:
-    """The session, after a warning where it runs on the fallback."""
+    """The session, after a warning where something is not as it should be."""
     from . import terminal
     from .engines import open_session
 
     path = model or _bundled_model()
     session = open_session(path, threads=threads, accuracy_level=accuracy_level, context=context)
-    if session.fallback_reason:
-        terminal.print_warning(f"{session.fallback_reason}; running on stock ops, which are slower")
-        if accuracy_level not in (None, session.accuracy_level):
-            terminal.print_warning(
-                f"--accuracy-level {accuracy_level} has no effect on stock ops, which compute as the file says: "
-                f"{session.accuracy_level}; export it with --accuracy-level {accuracy_level}"
-            )
+    if session.warning:
+        terminal.print_warning(session.warning)
+    if accuracy_level not in (None, session.accuracy_level):
+        terminal.print_warning(
+            f"--accuracy-level {accuracy_level} has no effect on stock ops, which compute as the file says: "
+            f"{session.accuracy_level}; export it with --accuracy-level {accuracy_level}"
+        )
     return session
 
 

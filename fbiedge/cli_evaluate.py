@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,13 +28,12 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text: loss by token and perplexity, by the published windows."""
     from . import terminal
-    from .engines import open_logits
     from .evaluation import encode
     from .evaluation import evaluate as run
 
     _check(window, max_tokens)
     content = read_text(text)
-    engine = open_logits(model, threads=threads)
+    engine = _open(model, threads)
     if engine.tokenizer is None:
         raise UsageError(f"{model} has no tokenizer; put a tokenizer.json beside the checkpoint, and export it again")
     ids = encode(engine.tokenizer, content, engine.config.vocab_size)[:max_tokens]
@@ -61,7 +60,6 @@ def verify(
 ) -> None:
     """Run two models on a text and compare their logits. Exit code 1 where they differ by more than the bounds."""
     from . import terminal
-    from .engines import open_logits
     from .sample_text import SAMPLE_TEXT
     from .verify import Bounds, common_ids
     from .verify import verify as run
@@ -69,7 +67,7 @@ def verify(
     _check(window, max_tokens)
     bounds = Bounds(max_kl=max_kl, min_agreement=min_agreement)
     content = SAMPLE_TEXT if text is None else read_text(text)
-    engines = open_logits(a, threads=threads), open_logits(b, threads=threads)
+    engines = _open(a, threads), _open(b, threads)
     ids = common_ids(*engines, content)[:max_tokens]
     with terminal.progress_bar("comparing") as update:
         report = run(*engines, ids, bounds=bounds, window=window, progress=update)
@@ -79,6 +77,17 @@ def verify(
         terminal.print_text(json.dumps(report.to_dict()))
     if report.beyond:
         raise typer.Exit(1)
+
+
+def _open(path: Path, threads: int | None) -> Any:
+    """The engine for `path`, after a warning where something is not as it should be."""
+    from . import terminal
+    from .engines import open_logits
+
+    engine = open_logits(path, threads=threads)
+    if engine.warning:
+        terminal.print_warning(engine.warning)
+    return engine
 
 
 def _check(window: int, max_tokens: int | None) -> None:

@@ -106,6 +106,8 @@ class LogitEngine(Protocol):
         ...
 
     @property
+    def warning(self) -> str | None: ...
+    @property
     def tokenizer(self) -> Tokenizer | None: ...
     def reset(self) -> None:
         """Forget all tokens."""
@@ -134,6 +136,7 @@ class SessionLogits:
         self.config = session.config
         self.capacity = session.capacity
         self.description = session.description
+        self.warning = session.warning
         self._session = session
         self.tokenizer = Tokenizer.from_model(session.model) if "tokenizer" in session.model.metadata else None
 
@@ -162,6 +165,7 @@ class ReferenceLogits:
         dense_bytes = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(weights.config).values())
         self._reference = Reference(weights, resident=dense_bytes <= _RESIDENT_LIMIT_BYTES)
         self.description = "numpy reference, fp32"
+        self.warning = None
         self.tokenizer = None
         if "tokenizer.json" in weights.files:
             special, config = (

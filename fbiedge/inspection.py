@@ -134,10 +134,10 @@ def _inspect_gguf(path: Path) -> Inspection:
         ),
         files={entry.name: entry.stat().st_size for entry in (path, adapter) if entry},
         properties={
-            "scale form": model.config.scaling_pattern,
+            "scale form": str(file.metadata.get("fbiedge.scaling_pattern", model.config.scaling_pattern)),
             "GGUF architecture": model.config.model_type,
             "name": str(file.metadata.get("general.name", "unknown")),
-            "producer": model.metadata["producer"],
+            "producer": str(file.metadata.get("fbiedge.producer", model.metadata["producer"])),
             "tokenizer": str(file.metadata.get("tokenizer.ggml.model")),
             "chat template": "yes" if "chat_template" in model.metadata else "no",
         },

@@ -26,7 +26,7 @@ from .cached_session import CHUNK, CachedSession, check_context, threads_to_use
 from .config import ModelConfig
 from .errors import ModelFileError, UsageError
 from .gguf_file import GgufFile
-from .gguf_model import find_adapter, open_gguf_model
+from .gguf_model import adapter_path, find_adapter, open_gguf_model
 from .kv_cache import Precision, cache_bytes
 from .llama_cpp_checks import check_for_llama_cpp
 from .machine import memory_bytes
@@ -44,11 +44,21 @@ class LlamaCppSession(CachedSession):
     """A model in llama.cpp, for one conversation at a time."""
 
     def __init__(
-        self, model: ModelFile, api: Any, handle: Any, context: Any, *, capacity: int, threads: int, what: str
+        self,
+        model: ModelFile,
+        api: Any,
+        handle: Any,
+        context: Any,
+        *,
+        capacity: int,
+        threads: int,
+        what: str,
+        warning: str | None,
     ) -> None:
         """Use `LlamaCppSession.open`."""
         super().__init__(model, capacity=capacity, threads=threads)
         self._api, self._context, self._what = api, context, what
+        self._warning = warning
         self._memory = api.llama_get_memory(context)
         self._held = (
             0  # rows that llama.cpp may hold: more than `position` after truncate, or where Ctrl-C came between
@@ -108,7 +118,21 @@ class LlamaCppSession(CachedSession):
         what = f"llama.cpp (llama-cpp-python {api.__version__}), {layer_types(file)} layers"
         if adapter:
             what += f" with {adapter.name}"
-        return cls(model, api, handle, opened, capacity=capacity, threads=threads, what=what)
+        return cls(
+            model,
+            api,
+            handle,
+            opened,
+            capacity=capacity,
+            threads=threads,
+            what=what,
+            warning=_missing_adapter(file, adapter),
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """See CachedSession."""
+        return self._warning
 
     @property
     def description(self) -> str:
@@ -136,6 +160,16 @@ class LlamaCppSession(CachedSession):
         rows = np.ctypeslib.as_array(api.llama_get_logits(self._context), (keep, self.config.vocab_size))
         self._tokens.extend(ids)  # last, and in one step: Ctrl-C may come anywhere before it
         return rows
+
+
+def _missing_adapter(file: GgufFile, adapter: Path | None) -> str | None:
+    """A warning where our exporter wrote an adapter beside the model, and it isn't there."""
+    if adapter or file.metadata.get("fbiedge.scaling_pattern") not in ("column", "row", "single"):
+        return None
+    return (
+        f"{file.path.name} was exported with {adapter_path(file.path).name}, which isn't beside it; without these offsets "
+        "the model answers worse"
+    )
 
 
 def layer_types(file: GgufFile) -> str:

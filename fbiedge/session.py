@@ -136,6 +136,11 @@ class Session(CachedSession):
         return f"{kernels}, {self.accuracy_level} activations{apart}"
 
     @property
+    def warning(self) -> str | None:
+        """See CachedSession."""
+        return f"{self.fallback_reason}; running on stock ops, which are slower" if self.fallback_reason else None
+
+    @property
     def kv_cache(self) -> Precision:
         """See CachedSession."""
         return self._kv_cache.precision

@@ -332,6 +332,21 @@ def test_an_adapter_of_another_model(fbiedge: Run, tmp_path: Path) -> None:
         assert "was not made for it" in one_error_line(fbiedge(name, model, stdin="a"))
 
 
+def test_an_adapter_that_was_left_behind(fbiedge: Run, tmp_path: Path) -> None:
+    entries = {"fbiedge.weights_sha256": HASH, "fbiedge.scaling_pattern": "column"}
+    model = tiny_gguf(tmp_path, metadata=entries)
+    (tmp_path / "text.txt").write_text("some text")
+    for arguments in (
+        ["generate", model, "-p", "a", "--max-tokens", 1],
+        ["eval", model, "--text", tmp_path / "text.txt"],
+    ):
+        code, _, err = fbiedge(*arguments, *ONE)
+        assert code == 0
+        assert err.startswith("warning: model.gguf was exported with model.beta.gguf, which isn't beside it")
+    tiny_adapter(tmp_path / "model.beta.gguf")
+    assert "warning" not in fbiedge("generate", model, "-p", "a", "--max-tokens", 1, *ONE)[2]
+
+
 def test_logits_that_are_no_numbers(fbiedge: Run, tmp_path: Path) -> None:
     tensors = gguf_tensors(tiny_config(), small_tensors(tiny_config()))
     tensors["output.weight"] *= np.float32(np.nan)
