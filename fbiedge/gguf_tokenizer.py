@@ -201,11 +201,11 @@ class _Vocabulary:
         texts = metadata_value(self.metadata, "tokenizer.ggml.merges", list)
         if texts is None:
             raise ModelFileError(f"the tokenizer has no tokenizer.ggml.merges; {_AGAIN}")
-        merges: dict[tuple[str, str], None] = {}  # where one is there twice, the first counts
+        ids, merges = self.ids, dict[tuple[str, str], None]()  # where one is there twice, the first counts
         for text in texts:
             at = text.find(" ", 1)
             left, right = text[:at], text[at + 1 :]
-            if not {left, right, left + right} <= self.ids.keys():
+            if left not in ids or right not in ids or left + right not in ids:
                 raise ModelFileError(f"tokenizer.ggml.merges holds {text!r}, whose parts are not all tokens; {_AGAIN}")
             merges[left, right] = None
         return [*merges]

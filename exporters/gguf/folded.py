@@ -69,7 +69,7 @@ class FoldedModel:
             return self._column(name, linear)
         d = linear.alpha if linear.pattern == "block" else linear.alpha[:, None]  # single: [1, 1]
         a = b = None
-        if linear.beta is not None and linear.beta.any():
+        if linear.beta is not None:  # of zeros, too: so a model whose adapter was left behind is known by its pattern
             a, b = np.ones(linear.k, np.float32), np.broadcast_to(linear.beta, linear.n)
         return FoldedLinear(packed=linear.packed, k=linear.k, d=d, a=a, b=b, zeros=linear.zeros)
 
@@ -85,10 +85,7 @@ class FoldedModel:
         _, _, layer, short = name.split(".", 3)
         packed, _, rows, a = self.folds[int(layer)].parts(short, linear)
         d = rows[:, None] * self.fitted[name] if name in self.fitted else rows[:, None]
-        used = bool(a.any())
-        return FoldedLinear(
-            packed=packed, k=linear.k, d=d, a=a if used else None, b=rows if used else None, zeros=linear.zeros
-        )
+        return FoldedLinear(packed=packed, k=linear.k, d=d, a=a, b=rows, zeros=linear.zeros)
 
 
 @dataclass(frozen=True, kw_only=True)

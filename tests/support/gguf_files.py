@@ -52,15 +52,13 @@ def write_gguf(
 
 
 def q1_0_blocks(signs: np.ndarray, scales: np.ndarray) -> Blocks:
-    """Signs [N, K] (>= 0: +1) and scales [N, K/128] -> Q1_0, one block after the other as its definition says."""
-    rows = []
-    for row_signs, row_scales in zip(signs, scales, strict=True):
-        row = b""
-        for group, scale in zip(row_signs.reshape(-1, 128), row_scales, strict=True):
-            bits = sum(1 << i for i in range(128) if group[i] >= 0)
-            row += np.float16(scale).tobytes() + bits.to_bytes(16, "little")
-        rows.append(np.frombuffer(row, np.uint8))
-    return Blocks("Q1_0", np.stack(rows))
+    """Signs [N, K] (>= 0: +1) and scales [N, K/128] -> Q1_0 as its definition says: bit i of byte j is weight 8j + i."""
+    n, groups = scales.shape
+    blocks = np.empty((n, groups, 18), np.uint8)
+    blocks[..., :2] = scales.astype("<f2")[..., None].view(np.uint8)
+    bits = (signs >= 0).reshape(n, groups, 16, 8)
+    blocks[..., 2:] = (bits * (1 << np.arange(8))).sum(axis=-1)
+    return Blocks("Q1_0", blocks.reshape(n, -1))
 
 
 def text(value: str | bytes) -> bytes:

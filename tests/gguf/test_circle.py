@@ -1,0 +1,77 @@
+"""From GGUF to ONNX: the same logits as without the way round, and as llama.cpp computes of the file itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.checkpoints import small_config
+from support.gguf_checkpoints import IDS, gguf_checkpoint, gguf_config
+from support.gguf_files import write_gguf
+from support.gguf_models import as_q1_0, dense_tensors, model_metadata, model_tensors
+
+from fbiedge.exporters.gguf import export_gguf, open_gguf
+from fbiedge.exporters.onnx import export_onnx
+from fbiedge.llama_cpp_session import LlamaCppSession
+from fbiedge.model_file import ModelFile
+from fbiedge.session import Session
+from fbiedge.weights import Weights
+
+EXACT: dict[str, Any] = {"accuracy_level": "fp32", "kv_cache": "fp32"}
+
+
+def onnx_logits(weights: Weights, path: Path, ids: list[int], **options: Any) -> np.ndarray:
+    export_onnx(weights, path, **(EXACT | options))
+    return Session.open(path, threads=1).all_logits(ids)
+
+
+@pytest.mark.parametrize("pattern", ["column", "block"])
+def test_by_way_of_gguf_to_onnx(pattern: Any, tmp_path: Path) -> None:
+    """An exactly exportable checkpoint: scales that shared a place in the file come back without a loss."""
+
+    def to_fp16(tensors: dict[str, np.ndarray]) -> None:
+        for name, tensor in tensors.items():
+            if "wscale" in name and pattern == "block":
+                tensors[name] = tensor.astype(np.float16).astype(np.float32)
+
+    weights = gguf_checkpoint(tmp_path / "checkpoint", gguf_config(pattern), edit=to_fp16)
+    export_gguf(weights, tmp_path / "model.gguf", embedding="f32", head="f32")
+    straight = onnx_logits(weights, tmp_path / "straight.onnx", IDS, head="fp32", embedding="fp32")
+    back = open_gguf(tmp_path / "model.gguf")
+    round_about = onnx_logits(back, tmp_path / "round.onnx", IDS, head="fp32", embedding="fp32")
+    np.testing.assert_allclose(round_about, straight, atol=1e-5 * np.abs(straight).max())
+    # The tokenizer came along, and gives the same ids.
+    assert ModelFile.open(tmp_path / "round.onnx").metadata["tokenizer"]
+
+
+def test_a_qwen_of_1_bit(tmp_path: Path) -> None:
+    """Qwen3's layout: 16 heads over 8, of 128, norms of heads, head_dim other than hidden / heads, the head tied.
+
+    llama.cpp multiplies Q1_0 with activations of 8 bits, so it gets the same weights in float32, too.
+    """
+    sizes: dict[str, Any] = {
+        "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "model_type": "qwen3", "tie_word_embeddings": True,
+        "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    config = small_config("block", **sizes)
+    dense = dense_tensors(config)
+    embedding = dense["model.embed_tokens.weight"]
+    dense["model.embed_tokens.weight"] = np.where(embedding >= 0, 0.125, -0.125).astype(np.float32)
+    tensors = model_tensors(config, dense) | {"token_embd.weight": as_q1_0(dense["model.embed_tokens.weight"])}
+    one_bit = write_gguf(tmp_path / "model.gguf", model_metadata(config), tensors)
+    plain = replace(config, scaling_pattern="none")
+    float32 = write_gguf(tmp_path / "float32.gguf", model_metadata(plain), model_tensors(plain, dense))
+
+    ids = np.random.default_rng(0).integers(0, 1000, 48).tolist()
+    ours = onnx_logits(open_gguf(one_bit), tmp_path / "model.onnx", ids)
+    metadata = ModelFile.open(tmp_path / "model.onnx").metadata
+    assert metadata["head"] == "1bit"
+    theirs = LlamaCppSession.open(float32, threads=1).all_logits(ids)
+    np.testing.assert_allclose(ours, theirs, atol=3e-3 * np.abs(theirs).max())  # their keys and values are fp16
+    assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).all()
+    of_8_bits = LlamaCppSession.open(one_bit, threads=1).all_logits(ids)
+    assert np.corrcoef(ours.ravel(), of_8_bits.ravel())[0, 1] > 0.9995
