@@ -33,7 +33,7 @@ def evaluate(
 
     _check(window, max_tokens)
     content = read_text(text)
-    engine = _open(model, threads)
+    engine = _open(model, window, threads)
     if engine.tokenizer is None:
         raise UsageError(f"{model} has no tokenizer; put a tokenizer.json beside the checkpoint, and export it again")
     ids = encode(engine.tokenizer, content, engine.config.vocab_size)[:max_tokens]
@@ -67,7 +67,7 @@ def verify(
     _check(window, max_tokens)
     bounds = Bounds(max_kl=max_kl, min_agreement=min_agreement)
     content = SAMPLE_TEXT if text is None else read_text(text)
-    engines = _open(a, threads), _open(b, threads)
+    engines = _open(a, window, threads), _open(b, window, threads)
     ids = common_ids(*engines, content)[:max_tokens]
     with terminal.progress_bar("comparing") as update:
         report = run(*engines, ids, bounds=bounds, window=window, progress=update)
@@ -79,12 +79,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _open(path: Path, threads: int | None) -> Any:
+def _open(path: Path, window: int, threads: int | None) -> Any:
     """The engine for `path`, after a warning where something is not as it should be."""
     from . import terminal
     from .engines import open_logits
 
-    engine = open_logits(path, threads=threads)
+    engine = open_logits(path, tokens=window, threads=threads)
     if engine.warning:
         terminal.print_warning(engine.warning)
     return engine

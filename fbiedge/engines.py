@@ -118,14 +118,16 @@ class LogitEngine(Protocol):
         ...
 
 
-def open_logits(path: Path, *, threads: int | None = None) -> LogitEngine:
-    """The engine for `path`. `threads` has no meaning for a checkpoint, whose products numpy shares out.
+def open_logits(path: Path, *, tokens: int, threads: int | None = None) -> LogitEngine:
+    """The engine for `path`, with room for `tokens`, or as many as the model takes.
 
-    Raises CheckpointError, ModelFileError, UsageError.
+    `threads` has no meaning for a checkpoint, whose products numpy shares out. Raises CheckpointError, ModelFileError,
+    UsageError.
     """
     if is_checkpoint(path):
         return ReferenceLogits(path)
-    return SessionLogits(path, open_session(path, threads=threads))
+    context = min(tokens, open_model(path).config.max_position_embeddings)
+    return SessionLogits(path, open_session(path, threads=threads, context=context))
 
 
 class SessionLogits:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fbiedge.metrics import compare_logits, perplexity
+from fbiedge import metrics
+from fbiedge.metrics import ComparisonSum, compare_logits, perplexity, token_losses
 
 
 def test_equal_logits_lose_nothing() -> None:
@@ -52,6 +53,33 @@ def test_a_broken_candidate_does_not_look_perfect() -> None:
 def test_shapes_that_cannot_be_compared(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected the same"):
         compare_logits(np.zeros((2, 3) if shape[0] else (0, 3), np.float32), np.zeros(shape, np.float32))
+
+
+def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However logits are split, and however many rows are taken at a time."""
+    generator = np.random.default_rng(0)
+    reference, candidate = generator.normal(0, 3, (2, 9, 50)).astype(np.float32)
+    expected = compare_logits(reference, candidate)
+    parts = ComparisonSum()
+    for start, end in ((0, 1), (1, 6), (6, 9)):
+        parts.add(reference[start:end], candidate[start:end])
+    monkeypatch.setattr(metrics, "_CELLS", 120)
+    for got in (parts.result(), compare_logits(reference, candidate)):
+        assert got.kl_divergence == pytest.approx(expected.kl_divergence)
+        assert (got.max_abs_error, got.top1_agreement, got.positions) == (
+            expected.max_abs_error, expected.top1_agreement, expected.positions,
+        )  # fmt: skip
+
+
+def test_token_losses_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    logits, targets = generator.normal(0, 30, (20, 11)).astype(np.float32), generator.integers(0, 11, 20)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).double(), torch.from_numpy(targets), reduction="none"
+    )
+    np.testing.assert_allclose(token_losses(logits, targets), expected.numpy(), rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(metrics, "_CELLS", 40)
+    np.testing.assert_allclose(token_losses(logits, list(targets)), expected.numpy(), rtol=1e-12, atol=1e-12)
 
 
 def test_perplexity_equals_torch() -> None:

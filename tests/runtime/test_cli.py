@@ -25,7 +25,7 @@ def test_version(fbiedge: Run) -> None:
 def test_no_command_shows_the_commands(fbiedge: Run) -> None:
     code, out, err = fbiedge()
     assert (code, err) == (0, "")
-    for name in ("chat", "generate", "inspect", "library", "init", "export", "train"):
+    for name in ("chat", "generate", "inspect", "eval", "verify", "bench", "library", "init", "export", "train"):
         assert re.search(rf"^  {name}  ", out, re.MULTILINE)
     assert fbiedge("--help")[1] == out
 

@@ -125,7 +125,7 @@ def test_a_hopeless_loss_is_infinite_and_still_json() -> None:
 
 def test_stories260k_as_transformers_says(stories260k: Path) -> None:
     """The same windows through Hugging Face's Llama and torch's cross entropy."""
-    engine = open_logits(stories260k)
+    engine = open_logits(stories260k, tokens=150)
     assert engine.tokenizer is not None and engine.description == "numpy reference, fp32"
     ids = engine.tokenizer.encode(SAMPLE_TEXT * 3)
     report = evaluate(engine, ids, window=150)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.checkpoints import small_tensors
 from support.tiny_gguf import HASH, gguf_tensors, tiny_adapter, tiny_config, tiny_gguf
-from support.tiny_model import CHAT_TEMPLATE, tiny_model
+from support.tiny_model import CHAT_TEMPLATE, tiny_checkpoint, tiny_model
 
 from fbiedge.bench import weight_bytes_per_token
 from fbiedge.chat import Chat
@@ -242,6 +242,27 @@ def test_eval_and_verify(fbiedge: Run, model: Path, tmp_path: Path) -> None:
     tiny_adapter(tmp_path / "model.beta.gguf")
     code, out, _ = fbiedge("verify", model, adapted, "--max-tokens", 50, *ONE)
     assert code == 1 and "F32 layers with model.beta.gguf" in out
+
+
+def test_an_export_and_its_adapter_are_what_was_exported(fbiedge: Run, tmp_path: Path) -> None:
+    """Q1_0 and the adapter beside it, loaded by itself. llama.cpp rounds activations to Q8_0, which costs random
+    weights far more than trained ones."""
+    tiny_checkpoint(
+        tmp_path / "checkpoint", scaling_pattern="row", hidden_size=128, intermediate_size=200, num_attention_heads=4,
+        head_dim=32,
+    )  # fmt: skip
+    model, bounds = tmp_path / "model.gguf", ["--max-kl", 0.1, "--min-agreement", 0.8]
+    assert fbiedge("export", tmp_path / "checkpoint", "-o", model)[0] == 0
+    code, out, err = fbiedge("verify", tmp_path / "checkpoint", model, *bounds, *ONE)
+    assert (code, err) == (0, "") and "Q1_0 layers with model.beta.gguf" in out
+    (tmp_path / "model.beta.gguf").rename(tmp_path / "away")
+    code, out, err = fbiedge("verify", tmp_path / "checkpoint", model, *bounds, *ONE)
+    assert code == 1 and "KL divergence" in out and "warning" in err
+    generated = ["generate", model, "-p", "Hello", "--max-tokens", 8, *GREEDY]
+    without = fbiedge(*generated)[1]
+    (tmp_path / "away").rename(tmp_path / "model.beta.gguf")
+    code, out, err = fbiedge(*generated)
+    assert code == 0 and out != without and "Q1_0 layers with model.beta.gguf" in err
 
 
 def test_inspect(fbiedge: Run, model: Path) -> None:

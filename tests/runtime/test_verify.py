@@ -64,7 +64,7 @@ def test_each_bound_alone(fbiedge: Run, plain_model: Path, other: Path) -> None:
 
 def test_chunks_add_up(plain_model: Path, other: Path) -> None:
     """Streamed over two windows and a rest, the numbers are those of all logits at once."""
-    a, b = open_logits(plain_model), open_logits(other)
+    a, b = open_logits(plain_model, tokens=2048), open_logits(other, tokens=2048)
     ids = common_ids(a, b, SAMPLE_TEXT)[:150]
     report = verify(a, b, ids, bounds=Bounds())
     rows = []
@@ -85,7 +85,7 @@ def test_chunks_add_up(plain_model: Path, other: Path) -> None:
 
 
 def test_logits_that_are_no_numbers_are_no_match(plain_model: Path) -> None:
-    a, b = open_logits(plain_model), open_logits(plain_model)
+    a, b = open_logits(plain_model, tokens=2048), open_logits(plain_model, tokens=2048)
     right = b.logits
     b.logits = lambda ids: right(ids) * np.float32(np.nan)  # type: ignore[method-assign]
     report = verify(a, b, list(range(20)), bounds=Bounds(max_kl=1e9, min_agreement=0))
