@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 import torch
 from support.tiny_run import model_config, training_config
 
+from fbiedge.errors import UsageError
+from fbiedge.exporters.gguf.export import export_gguf
+from fbiedge.exporters.gguf.reader import open_gguf
 from fbiedge.exporters.onnx import export_onnx
+from fbiedge.reference import Reference
 from fbiedge.session import Session
 from fbiedge.training.checkpoint import load_model
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
-from fbiedge.weights import open_checkpoint
+from fbiedge.weights import BinaryLinear, open_checkpoint
 
 IDS = np.random.default_rng(0).integers(3, 300, 40).tolist()
 SCALINGS = ["column", "column-shared", "row", "single", "block", "none"]
@@ -45,3 +50,25 @@ def test_onnx_computes_what_was_trained(trained: Path, tmp_path: Path) -> None:
     export_onnx(open_checkpoint(trained), out, accuracy_level="fp32", head="fp32", block_scales="fp32", kv_cache="fp32")
     got = Session.open(out, threads=1).all_logits(IDS)
     np.testing.assert_allclose(got, torch_logits(trained), rtol=1e-4, atol=5e-4)
+
+
+def test_gguf_holds_what_was_trained_but_for_scales_of_each_matrix(
+    trained: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    scaling = request.node.callspec.params["trained"]
+    weights, out = open_checkpoint(trained), tmp_path / "model.gguf"
+    if scaling == "column":
+        with pytest.raises(UsageError, match="fbiedge train --init CHECKPOINT --scaling column-shared"):
+            export_gguf(weights, out, calibration_ids=IDS)
+        return
+    report = export_gguf(weights, out)
+    assert report.exact and not report.errors and not report.clamped
+    back = open_gguf(out)
+    got = Reference(back).logits(IDS)
+    error = np.sqrt(np.mean((got - torch_logits(trained)) ** 2)) / got.std()
+    assert error < 1e-3  # embedding and head are fp16, and so are the scales of row, single and block
+    if scaling == "column-shared":  # whose scales were stored rounded: what became d is in the file bit for bit
+        for layer, name in itertools.product((0, 1), ("self_attn.o_proj", "mlp.down_proj")):
+            before, after = (w.linear(f"model.layers.{layer}.{name}") for w in (weights, back))
+            assert isinstance(before, BinaryLinear) and isinstance(after, BinaryLinear)
+            assert np.array_equal(abs(before.alpha), abs(after.alpha))
