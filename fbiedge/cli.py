@@ -127,13 +127,13 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Show what a model is made of: architecture, scale form, bits a weight, sizes, metadata."""
-    from . import inspection, terminal
+    from . import inspection, tables, terminal
 
     found = inspection.inspect(path)
     if as_json:
         terminal.print_text(json.dumps(found.to_dict(), indent=2))
     else:
-        terminal.print_inspection(found)
+        tables.print_inspection(found)
 
 
 @app.command()
@@ -153,7 +153,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,
 ) -> None:
     """Measure speed, memory and load time, beside the machine's own speed of reading memory."""
-    from . import terminal
+    from . import tables, terminal
     from .bench import BenchOptions, BenchReport
     from .bench import bench as run
 
@@ -167,7 +167,7 @@ def bench(
                 report = event
             else:
                 update(event.done, event.total)
-    terminal.print_bench(report)
+    tables.print_bench(report)
     if as_json:
         terminal.print_text(json.dumps(report.to_dict()))
 

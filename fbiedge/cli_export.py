@@ -58,7 +58,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a model to ONNX or GGUF, check it against the reference, and print what was lost."""
-    from . import terminal
+    from . import tables, terminal
 
     kind = to or ("gguf" if output.suffix == ".gguf" else "onnx")
     if kind not in FORMATS:
@@ -103,9 +103,9 @@ def export(
             settings |= {"allow_lossy": allow_lossy}
             report = _to_gguf(weights, source, output, (calibration, text), progress, provenance, settings)
     if kind == "onnx":
-        terminal.print_export(report)
+        tables.print_export(report)
     else:
-        terminal.print_gguf_export(report)
+        tables.print_gguf_export(report)
 
 
 def _open(source: Path, brought: dict[str, str]) -> Any:
