@@ -56,7 +56,7 @@ def open_model(path: Path) -> ModelFile:
 def import_engine(path: Path) -> None:
     """Import what `open_session` needs for `path`, which takes longer than opening a small model. Raises UsageError."""
     if is_gguf(path):
-        from .llama_cpp_session import load_library
+        from .llama_cpp_library import load_library
 
         load_library()
     else:

@@ -93,7 +93,7 @@ def test_an_interrupted_run_is_as_if_it_had_not_been(
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(session._api, "llama_get_logits", interrupt)
+        patch.setattr(session._llama._api, "llama_get_logits", interrupt)
         with pytest.raises(KeyboardInterrupt):
             session.forward([9, 9, 9])
     assert session.position == 6
