@@ -17,6 +17,7 @@ import numpy.typing as npt
 TILE_ROWS = 16
 TILE_INPUTS = 32
 TILE_BYTES = TILE_ROWS * TILE_INPUTS // 8
+SIGNS_OF_BYTE = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1).astype(np.float32)  # [256, 8]
 
 
 def pack_bits(weight: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:

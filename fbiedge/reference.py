@@ -20,16 +20,18 @@ import numpy.typing as npt
 from .config import ModelConfig
 from .errors import UsageError
 from .rope import rope_frequencies
-from .weights import BinaryLinear, Weights
+from .weights import BinaryLinear, HasBinaryRows, Weights
 
 Array = npt.NDArray[Any]  # floats of the dtype chosen
+_ROWS_AT_ONCE = 8192  # of a 1-bit head
 
 
 class Reference:
     """A Llama with a KV cache. Binary linears are used as dense W_eff, so their algebra is not assumed but checked.
 
     `dtype` np.float32 or np.float64 is used throughout. `resident` keeps all weights in memory as dense matrices of that
-    dtype; without it each call of `logits` reads every tensor anew, one in memory at a time, which suits big models.
+    dtype; without it each call of `logits` reads every tensor anew, one in memory at a time, which suits big models, and
+    of an embedding or head of 1 bit no more than some rows are dense at a time.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Reference:
         self.dtype = dtype
         self._weights = weights
         self._kept: dict[str, Array] | None = {} if resident else None
+        self._binary = weights if isinstance(weights, HasBinaryRows) and not resident else None
         self.reset()
 
     def reset(self) -> None:
@@ -72,7 +75,7 @@ class Reference:
                 f"{self.position + tokens.size} tokens are longer than the context of {config.max_position_embeddings}"
             )
         cos, sin = rope_angles(self.position, tokens.size, config, self.dtype)
-        hidden = self._tensor("model.embed_tokens.weight")[tokens]  # [T, hidden]
+        hidden = self._embed(tokens)  # [T, hidden]
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             normed = rms_norm(hidden, self._tensor(f"{prefix}input_layernorm.weight"), config.rms_norm_eps)
@@ -80,8 +83,7 @@ class Reference:
             normed = rms_norm(hidden, self._tensor(f"{prefix}post_attention_layernorm.weight"), config.rms_norm_eps)
             hidden = hidden + self._mlp(f"{prefix}mlp.", normed)
         hidden = rms_norm(hidden, self._tensor("model.norm.weight"), config.rms_norm_eps)
-        logits: Array = hidden @ self._tensor("lm_head.weight").T  # [T, vocab]
-        return logits
+        return self._head(hidden)  # [T, vocab]
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The `n` most likely tokens after `ids`, one by one, from an empty cache. An end token does not stop it."""
@@ -121,6 +123,21 @@ class Reference:
         gate, up = x @ self._linear(f"{prefix}gate_proj").T, x @ self._linear(f"{prefix}up_proj").T
         projected: Array = (silu(gate) * up) @ self._linear(f"{prefix}down_proj").T
         return projected
+
+    def _embed(self, tokens: npt.NDArray[np.int64]) -> Array:
+        rows = self._binary.binary_embedding() if self._binary else None
+        if rows is None:
+            return self._tensor("model.embed_tokens.weight")[tokens]
+        return rows.rows(tokens).dense().astype(self.dtype, copy=False)
+
+    def _head(self, x: Array) -> Array:
+        """x [T, hidden] -> logits [T, vocab]."""
+        rows = self._binary.binary_head() if self._binary else None
+        if rows is None:
+            logits: Array = x @ self._tensor("lm_head.weight").T
+            return logits
+        parts = (rows.rows(slice(start, start + _ROWS_AT_ONCE)) for start in range(0, rows.n, _ROWS_AT_ONCE))
+        return np.concatenate([x @ part.dense().astype(self.dtype, copy=False).T for part in parts], axis=-1)
 
     def _heads(self, x: Array, name: str, heads: int) -> Array:
         """Project x [T, hidden] and split it into heads [heads, T, D]."""

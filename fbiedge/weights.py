@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from .bits import pack_bits, unpack_bits
+from .bits import SIGNS_OF_BYTE, pack_bits
 from .config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from .errors import CheckpointError, OutputError
 from .files import atomic_directory, require_utf8
@@ -51,11 +51,15 @@ class BinaryLinear:
 
     def dense(self) -> npt.NDArray[np.float32]:
         """W_eff float32 [N, K] = alpha · sign + beta."""
-        signs = unpack_bits(self.packed, self.k).astype(np.float32)
+        signs = np.take(SIGNS_OF_BYTE, self.packed, axis=0).reshape(self.n, -1)
+        signs = np.ascontiguousarray(signs[:, : self.k])
         alpha, beta = self.alpha, self.beta  # (K,) and (1,) broadcast along the rows as they are
         if self.pattern == "block":
-            for group, scales in enumerate(alpha.T):
-                signs[:, group * BLOCK_SIZE : (group + 1) * BLOCK_SIZE] *= scales[:, None]
+            if self.k % BLOCK_SIZE:
+                signs *= np.repeat(alpha, BLOCK_SIZE, axis=1)[:, : self.k]
+            else:
+                by_group = signs.reshape(self.n, -1, BLOCK_SIZE)  # a view
+                by_group *= alpha[..., None]
             return signs
         if self.pattern == "row":
             alpha, beta = alpha[:, None], None if beta is None else beta[:, None]
@@ -63,6 +67,14 @@ class BinaryLinear:
         if beta is not None:
             signs += beta
         return signs
+
+    def rows(self, which: slice | npt.NDArray[np.int64]) -> BinaryLinear:
+        """Some of the rows."""
+        packed = self.packed[which]
+        by_row = self.pattern in ("row", "block")
+        alpha = self.alpha[which] if by_row else self.alpha
+        beta = self.beta[which] if by_row and self.beta is not None else self.beta
+        return replace(self, packed=packed, n=len(packed), alpha=alpha, beta=beta, zeros=0)
 
 
 class Weights(Protocol):

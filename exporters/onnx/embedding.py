@@ -9,22 +9,14 @@ rows interleaved, in pieces: 4 bytes of bits for 32 inputs, one scale for 128. S
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 from onnx import TensorProto  # noqa: TID253
 
-from fbiedge.bits import TILE_ROWS
+from fbiedge.bits import SIGNS_OF_BYTE, TILE_ROWS
 from fbiedge.config import BLOCK_SIZE
 
 from .nodes import Nodes
 
 _PIECE_BYTES = 4
-
-
-def sign_table() -> npt.NDArray[np.float32]:
-    """The signs of a byte's bits, lowest first: [256, 8]."""
-    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
-    return np.where(bits == 1, 1, -1).astype(np.float32)
 
 
 def binary_rows(nodes: Nodes, name: str, ids: str, matrix: str) -> str:
@@ -47,7 +39,7 @@ def binary_rows(nodes: Nodes, name: str, ids: str, matrix: str) -> str:
         whole = nodes.node("Reshape", f"{step}.{part}.row", [picked, flat])
         return nodes.node("Cast", f"{step}.{part}", [whole], to=dtype)
 
-    table = nodes.table("constants.signs_of_byte", sign_table())
+    table = nodes.table("constants.signs_of_byte", SIGNS_OF_BYTE)
     signs = nodes.node("Gather", f"{step}.signs", [table, row_of("bits", _PIECE_BYTES, TensorProto.INT32)])
     blocks = nodes.constant("constants.blocks", [0, 0, -1, BLOCK_SIZE])
     by_block = nodes.node("Reshape", f"{step}.sign_blocks", [signs, blocks])

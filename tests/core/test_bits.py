@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fbiedge.bits import TILE_BYTES, pack_bits, tile_bits, unpack_bits, untile_bits
+from fbiedge.bits import SIGNS_OF_BYTE, TILE_BYTES, pack_bits, tile_bits, unpack_bits, untile_bits
 
 SIZES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 172]
 
@@ -18,6 +18,12 @@ def test_exact_bytes() -> None:
     """Bit 1 is +1, least significant first, sign(0) = sign(-0) = +1, padding bits 0."""
     weight = np.array([[1, -1, 1, 1, -1, -1, -1, -1, 3.5], [0.0, -0.0, -2, -1e-30, 1e-30, -1, -1, 1, -1]], np.float32)
     assert pack_bits(weight).tolist() == [[0b00001101, 0b1], [0b10010011, 0b0]]
+
+
+def test_signs_of_every_byte() -> None:
+    bytes_ = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(SIGNS_OF_BYTE, unpack_bits(bytes_[:, None], 8))
+    assert SIGNS_OF_BYTE.dtype == np.float32
 
 
 @pytest.mark.parametrize("k", SIZES)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.checkpoints import PATTERNS, small_checkpoint, small_config
 from support.huggingface import HuggingFaceLlama
+from support.random_weights import random_weights
 from support.rope import HEAD_DIM, SCALINGS, THETA
 
 from fbiedge.errors import UsageError
@@ -118,6 +119,18 @@ def test_streamed_equals_resident(tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "c", small_config("row"))
     weights = open_checkpoint(tmp_path / "c")
     np.testing.assert_array_equal(Reference(weights, resident=False).logits(IDS), Reference(weights).logits(IDS))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_1_bit_are_taken_as_they_are_needed(tied: bool) -> None:
+    """A vocabulary of more rows than are dense at a time."""
+    config = small_config("block", vocab_size=9000, tie_word_embeddings=tied)
+    weights = random_weights(config, binary_head=True)
+    ids = [0, 8191, 8192, 8999]
+    expected = Reference(weights).logits(ids)
+    got = Reference(weights, resident=False).logits(ids)
+    assert got.shape == (4, 9000)
+    assert_equal_to_rounding(got, expected)
 
 
 def test_reset_forgets(tmp_path: Path) -> None:
