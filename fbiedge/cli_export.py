@@ -29,10 +29,17 @@ def export(
     accuracy_level: Annotated[str | None, typer.Option(help="onnx: activations, int8 (default) or fp32")] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="lm_head; onnx: int8 (default), int4, fp32; gguf: f16 (default), q8_0, q1_0, f32"),
+        typer.Option(
+            help="lm_head; onnx: 1bit (default where the source's is), int8 (else), int4, fp32; "
+            "gguf: f16 (default), q8_0, q1_0, f32"
+        ),
     ] = None,
     embedding: Annotated[
-        str | None, typer.Option(help="embedding; onnx: fp32 (default) or fp16; gguf: f16 (default), q8_0, q1_0, f32")
+        str | None,
+        typer.Option(
+            help="embedding; onnx: 1bit (default where the source's is), fp32 (else), fp16; "
+            "gguf: f16 (default), q8_0, q1_0, f32"
+        ),
     ] = None,
     kv_cache: Annotated[
         str | None, typer.Option(help="onnx: keys and values, int8 or fp32; default: int8 where the heads allow it")
