@@ -80,7 +80,8 @@ def find_adapter(file: GgufFile) -> Path | None:
     path = adapter_path(file.path)
     if not path.is_file():
         return None
-    wanted, stated = file.metadata.get("fbiedge.weights_sha256"), GgufFile.open(path).metadata.get("fbiedge.beta_of")
+    wanted = metadata_value(file.metadata, "fbiedge.weights_sha256", str)
+    stated = metadata_value(GgufFile.open(path).metadata, "fbiedge.beta_of", str)
     if wanted is None or stated != wanted:
         raise ModelFileError(
             f"{path} lies beside {file.path.name} but was not made for it; move it away, or export the model again"
@@ -144,8 +145,11 @@ class _Hyperparameters:
     def config(self) -> ModelConfig:
         for key, neutral in _NEUTRAL.items():
             value = self.file.metadata.get(f"{self.architecture}.{key}", neutral)
-            if value != neutral:
-                raise ModelFileError(f"{self.architecture}.{key} is {value!r}, which this fbiedge can't compute")
+            if isinstance(value, (np.ndarray, list)) or value != neutral:
+                got = repr(value) if isinstance(value, (bool, int, float)) else "no such number"
+                raise ModelFileError(
+                    f"{self.architecture}.{key} is {got}, expected {neutral}; this fbiedge knows no other"
+                )
         tensors = self.file.tensors
         if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
             raise ModelFileError("the file has no token_embd.weight [vocabulary, hidden]; expected a whole model")

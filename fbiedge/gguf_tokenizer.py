@@ -101,7 +101,7 @@ def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
 
 def bos_and_eos(metadata: Mapping[str, Any]) -> tuple[int, int]:
     """Ids of the tokens that begin and end a text; llama.cpp's where the file has none. Raises ModelFileError."""
-    default = (11, 11) if metadata.get("tokenizer.ggml.model") == "gpt2" else (1, 2)
+    default = (11, 11) if metadata_value(metadata, "tokenizer.ggml.model", str) == "gpt2" else (1, 2)
     bos = metadata_value(metadata, "tokenizer.ggml.bos_token_id", int, default[0])
     eos = metadata_value(metadata, "tokenizer.ggml.eos_token_id", int, default[1])
     assert bos is not None and eos is not None
@@ -270,6 +270,7 @@ class _Vocabulary:
         """One number a token, None where there are none. Raises ModelFileError."""
         key = f"tokenizer.ggml.{name}"
         values = metadata_value(self.metadata, key, np.ndarray)
-        if values is not None and len(values) < len(self.tokens):
-            raise ModelFileError(f"{key} holds {len(values)} numbers for {len(self.tokens)} tokens; {_AGAIN}")
+        if values is not None and (len(values) < len(self.tokens) or values.dtype not in (np.float32, np.int32)):
+            got = f"{len(values)} numbers of type {values.dtype}"
+            raise ModelFileError(f"{key} holds {got} for {len(self.tokens)} tokens, expected one each; {_AGAIN}")
         return values

@@ -7,7 +7,7 @@ tensors and wrong shapes llama.cpp refuses itself, with a reason.
 from __future__ import annotations
 
 from .errors import ModelFileError
-from .gguf_file import GgufFile
+from .gguf_file import GgufFile, metadata_value
 
 _MOST_LAYERS = 512
 # Below the architecture's name; only files with experts or layers of another kind have them.
@@ -19,13 +19,14 @@ def check_for_llama_cpp(file: GgufFile) -> None:
     """Raises ModelFileError for a file that must not be handed to llama.cpp."""
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
-    if metadata.get("general.type", "model") != "model":
-        raise ModelFileError(f"{file.path} is no model but of type {metadata['general.type']!r}; give the model's file")
+    kind = metadata_value(metadata, "general.type", str, "model")
+    if kind != "model":
+        raise ModelFileError(f"{file.path} is no model but of type {kind!r}; give the model's file")
     layers = metadata.get(f"{architecture}.block_count")
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ModelFileError(f"{file.path} has {layers} layers, llama.cpp takes at most {_MOST_LAYERS}")
     for key in _FOREIGN_KEYS:
-        if metadata.get(f"{architecture}.{key}", 0) != 0:
+        if metadata_value(metadata, f"{architecture}.{key}", int, 0) != 0:
             raise ModelFileError(f"{file.path} has {architecture}.{key}, expected a model without experts")
     for tensor in file.tensors.values():
         vector = len(tensor.shape) == 1

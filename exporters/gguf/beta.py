@@ -36,9 +36,9 @@ class Adapter:
     @classmethod
     def of(cls, file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
         """`shapes` of the model's linears. Raises ModelFileError where it isn't an adapter of rank 1 for them."""
-        kind = file.metadata.get("general.type"), file.metadata.get("adapter.type")
+        kind = [metadata_value(file.metadata, key, str) for key in ("general.type", "adapter.type")]
         alpha = metadata_value(file.metadata, "adapter.lora.alpha", float)
-        if kind != ("adapter", "lora") or alpha != 1.0:
+        if kind != ["adapter", "lora"] or alpha != 1.0:
             raise ModelFileError(f"{file.path} is no adapter of ours (a LoRA with alpha 1); export the model again")
         parts = {f"{name}.lora_a": (1, shape[1]) for name, shape in shapes.items()}
         parts |= {f"{name}.lora_b": (shape[0], 1) for name, shape in shapes.items()}

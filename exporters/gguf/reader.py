@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from fbiedge.errors import ModelFileError
-from fbiedge.gguf_file import GgufFile
+from fbiedge.gguf_file import GgufFile, metadata_value
 from fbiedge.gguf_model import (
     ROPE_FACTORS,
     adapter_path,
@@ -51,7 +51,7 @@ def open_gguf(path: Path) -> GgufWeights:
     files = files_from_gguf(file)
     stored = _stored_shapes(file, config)
     _check_tensors(file, config, stored)
-    tokens = len(file.metadata.get("tokenizer.ggml.tokens", ()))
+    tokens = len(file.metadata["tokenizer.ggml.tokens"]) if "tokenizer.json" in files else 0
     if tokens > config.vocab_size:
         raise ModelFileError(
             f"{file.path} has {tokens} tokens, but token_embd.weight has {config.vocab_size} rows; expected as many"
@@ -61,7 +61,7 @@ def open_gguf(path: Path) -> GgufWeights:
         beside = GgufFile.open(path_beside)
         adapter = Adapter.of(beside, {gguf_name(name): shape for name, shape in stored.items() if "_proj." in name})
         config = replace(config, scaling_pattern=_pattern_with_adapter(file, beside))
-    elif file.metadata.get("fbiedge.scaling_pattern") in _WITH_ADAPTER:
+    elif metadata_value(file.metadata, "fbiedge.scaling_pattern", str) in _WITH_ADAPTER:
         name = adapter_path(file.path).name
         raise ModelFileError(f"{file.path} was exported with {name}, which isn't beside it; copy it along")
     return GgufWeights(config=config, files=files, file=file, adapter=adapter)
@@ -181,7 +181,7 @@ class GgufWeights:
 
 def _pattern_with_adapter(file: GgufFile, adapter: GgufFile) -> ScalingPattern:
     """What the weights were before the export. Raises ModelFileError where that is lost."""
-    stated = file.metadata.get("fbiedge.scaling_pattern")
+    stated = metadata_value(file.metadata, "fbiedge.scaling_pattern", str)
     if file.metadata.get("fbiedge.exact") is not True:
         raise ModelFileError(
             f"{file.path} and {adapter.path.name} are a lossy export, which has no scales of one pattern; "

@@ -167,6 +167,25 @@ def test_adapter_with_nan(path: Path) -> None:
         weights.linear("model.layers.0.self_attn.v_proj")
 
 
+@pytest.mark.parametrize("value", [[1, 2], ["a", "b"], 3, "two\nlines", 0.5, True], ids=str)
+def test_values_of_any_type(value: Any, path: Path) -> None:
+    """Every key that is read, holding what it shouldn't."""
+    vocabulary = sentence_piece_metadata({"tokenizer.chat_template": "{{ messages }}"})
+    config = small_config("block", **SIZES, vocab_size=len(vocabulary["tokenizer.ggml.tokens"]))
+    metadata, tensors = model_metadata(config) | vocabulary, model_tensors(config)
+    optional = """fbiedge.scaling_pattern fbiedge.exact fbiedge.weights_sha256 fbiedge.feed_forward_length split.count
+        general.type general.quantized_by general.sampling.top_k llama.expert_count llama.rope.scaling.type
+        llama.rope.scaling.factor tokenizer.ggml.padding_token_id tokenizer.ggml.add_bos_token""".split()
+    for key in [*metadata, *optional]:
+        if key != "general.architecture":
+            write_gguf(path, metadata | {key: value}, tensors)
+            try:
+                open_gguf(path)
+                Tokenizer.from_model(open_gguf_model(path)).encode("a")
+            except ModelFileError as error:
+                assert "\n" not in str(error), str(error)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_mutated_headers_are_refused_or_read(seed: int, path: Path) -> None:
     """Whatever bytes change before the data: weights, config and tokenizer, or a ModelFileError, and no other error."""
