@@ -144,8 +144,8 @@ def _fold(weights: Weights, ids: Sequence[int] | None) -> tuple[FoldedModel, dic
     folds = [column_fold(weights, layer) for layer in layers]
     if not any(fold.lossy for fold in folds):
         return FoldedModel(weights=weights, folds=tuple(folds), fitted={}), {}, 0
-    if ids is None:
-        raise UsageError("scales that differ between linears must be fitted to a text; give the ids of one")
+    if not ids:
+        raise UsageError("scales that differ between linears must be fitted to a text; give one of at least one token")
 
     # 1. Inputs of the lossy linears; those that share one are named by the first.
     first = {place: name for name, place in reversed(INPUT_OF.items())}
