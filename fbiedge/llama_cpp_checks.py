@@ -1,4 +1,4 @@
-"""What llama.cpp doesn't refuse but ends the process over, found by giving it 250 files that are wrong in one place.
+"""What llama.cpp doesn't refuse but ends the process over, found by giving it some 300 files that are wrong in one place.
 
 GgufFile.open and config_from_gguf have seen to the container, the shape of the model and the tokenizer before; missing
 tensors and wrong shapes llama.cpp refuses itself, with a reason.
