@@ -165,7 +165,8 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     config = weights.config
     layers = config.num_hidden_layers
     vocab_parameters = config.vocab_size * config.hidden_size
-    norms = (2 * layers + 1) * config.hidden_size
+    of_heads = 2 * layers if config.has_head_norms else 0
+    norms = (2 * layers + 1) * config.hidden_size + of_heads * config.head_dim
     groups = [Group(group="embedding", tensors=1, parameters=vocab_parameters, bytes=4 * vocab_parameters, form="full")]
     for kind in ("self_attn", "mlp"):
         shapes = [shape for name, shape in config.linear_shapes().items() if name.startswith(kind)]
@@ -179,7 +180,8 @@ def _inspect_checkpoint(path: Path) -> Inspection:
                 form=config.scaling_pattern,
             )
         )
-    groups.append(Group(group="norms", tensors=2 * layers + 1, parameters=norms, bytes=4 * norms, form="full"))
+    tensors = 2 * layers + 1 + of_heads
+    groups.append(Group(group="norms", tensors=tensors, parameters=norms, bytes=4 * norms, form="full"))
     if not config.tie_word_embeddings:
         groups.append(
             Group(group="head", tensors=1, parameters=vocab_parameters, bytes=4 * vocab_parameters, form="full")

@@ -24,7 +24,6 @@ from .graph import CONTRIB, build_graph
 from .metadata import make_metadata
 from .options import HEAD_BITS, AccuracyLevel, Embedding, ExportOptions, Head, KVCache, Storage
 from .plan import Losses, plan_tensors
-from .reader import OnnxWeights
 from .sources import inventory
 from .verify import VerifyReport, check_export
 from .vocabulary import choose_embedding, choose_head
@@ -105,7 +104,7 @@ def export_onnx(
 
 def _refuse_source(weights: Weights, out: Path) -> None:
     """A model is read while it is written out again, so it can't be its own output."""
-    sources = weights.paths if isinstance(weights, OnnxWeights) else ()
+    sources = getattr(weights, "paths", ())
     for target in (out, data_path(out)):
         if any(target.exists() and target.samefile(source) for source in sources):
             raise UsageError(f"{target} belongs to the model that is exported; choose another name for the output")

@@ -25,6 +25,7 @@ from fbiedge.exporters.onnx.embedding import binary_rows
 from fbiedge.exporters.onnx.head import head_from_binary
 from fbiedge.exporters.onnx.nodes import Nodes
 from fbiedge.exporters.onnx.sources import tile_scales
+from fbiedge.inspection import inspect
 from fbiedge.model_file import ModelFile
 from fbiedge.reference import Reference
 from fbiedge.session import Session
@@ -128,6 +129,9 @@ def test_a_tied_embedding_is_stored_once_and_an_untied_one_beside_the_head(tmp_p
         assert (metadata["head"], metadata["head_operator"]) == ("1bit", "fbiedge")
         groups = {row["group"]: row for row in json.loads(metadata["inventory"])}
         assert groups == {row["group"]: row for row in report.inventory}
+        assert {group.group: group.bytes for group in inspect(path).groups} == {
+            name: row["bytes"] for name, row in groups.items()
+        }
         rows = groups["head"]
         bias = 4 * 101
         assert rows["parameters"] == 101 * 256 and rows["bytes"] - bias == 112 * 256 * 9 // 64  # 112 rows of 1.125 bits

@@ -31,9 +31,10 @@ def test_external_data_is_counted(external_model: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize("pattern", ["column", "row", "single", "block", "none"])
-def test_a_checkpoint_has_the_parameters_of_its_export(pattern: str, tmp_path: Path) -> None:
-    path = tiny_model(tmp_path, pattern=pattern)
+def test_a_checkpoint_has_the_parameters_of_its_export(pattern: str, model_type: str, tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, pattern=pattern, model_type=model_type)
     exported, checkpoint = inspect(path), inspect(tmp_path / "checkpoint")
     assert checkpoint.kind == "checkpoint"
     assert checkpoint.parameters == exported.parameters
