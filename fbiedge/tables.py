@@ -112,16 +112,17 @@ def print_gguf_export(report: Any) -> None:
     elif report.costs is not None:
         print_text("exact, but for rounding scales to fp16")
     if (costs := report.costs) is not None:
-        print_text(f"perplexity of the source on {costs.tokens:,} tokens: {costs.perplexity:.4g}")
-        for form, cost in (("with its adapter", costs.with_adapter), ("without it", costs.without_adapter)):
+        print_text(f"of the source: perplexity {costs.perplexity:.4g} on {costs.tokens:,} tokens")
+        forms = {"of the GGUF": costs.with_adapter, "without its adapter": costs.without_adapter}
+        for form, cost in (forms | {"of the GGUF in llama.cpp": costs.in_llama_cpp}).items():
             if cost is not None:
                 print_text(
-                    f"{form if report.adapter else 'the GGUF'}: perplexity {cost.perplexity:.4g}, KL divergence "
+                    f"{form}: perplexity {cost.perplexity:.4g}, KL divergence "
                     f"{cost.kl_divergence:.3g} nats, top-1 agreement {100 * cost.top1_agreement:.1f} %, "
                     f"max logit error {cost.max_logit_error:.3g}"
                 )
     for note in report.notes:
-        print_text(f"note: in llama.cpp, {note}")
+        print_text(f"note: {note}")
 
 
 def print_bench(report: BenchReport) -> None:

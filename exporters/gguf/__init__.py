@@ -7,7 +7,8 @@
 Needs `pip install 'fbiedge[export]'`; never torch.
 """
 
-from .adapter import adapter_path
+from fbiedge.gguf_model import adapter_path
+
 from .cost import Cost, Costs
 from .export import GgufReport, export_gguf
 from .fold import Exactness, exactness

@@ -17,11 +17,6 @@ import numpy.typing as npt
 import fbiedge
 
 
-def adapter_path(model: Path) -> Path:
-    """Where the adapter of a model lies: model.gguf -> model.beta.gguf."""
-    return model.with_name(f"{model.name.removesuffix('.gguf')}.beta.gguf")
-
-
 class Adapter:
     """Collects the terms of rank 1; a few hundred kilobytes for each layer of a 7B."""
 

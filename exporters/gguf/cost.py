@@ -1,18 +1,23 @@
 """What a GGUF costs: its logits, with the adapter and without, against those of the weights it was made from.
 
-Both are computed by the numpy reference, so this is the loss of the stored form alone. llama.cpp adds a little of its own:
-it rounds the inputs of each linear to 8 bits.
+All are computed by the numpy reference, so this is the loss of the stored form alone. llama.cpp adds a little of its own:
+it rounds the inputs of each linear to 8 bits. Where it is installed, a finished file of a model that isn't too large is
+also run there before it appears.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fbiedge.errors import UsageError
+from fbiedge.errors import OutputError, UsageError
+from fbiedge.llama_cpp_library import load_library
+from fbiedge.llama_cpp_session import LlamaCppSession
 from fbiedge.metrics import ComparisonSum, token_losses
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights
@@ -23,6 +28,7 @@ from .plan import matrix_parameters
 RESIDENT_LIMIT_BYTES = 2 * 1000**3  # of dense float32 weights; above it, tensors are read as they are needed
 _MULTIPLY_ADDS = 100 * 1000**3  # of one pass: a few seconds of numpy on two cores
 _FEWEST_TOKENS = 16
+_WRONG_ABOVE_NATS = 1.0  # no rounding costs a tenth of this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +46,10 @@ class Costs:
     """A GGUF on a text."""
 
     tokens: int
-    perplexity: float  # of the checkpoint
+    perplexity: float  # of the source
     with_adapter: Cost
     without_adapter: Cost | None  # None where there is no adapter
+    in_llama_cpp: Cost | None = None  # of the file itself, with its adapter; None where it wasn't run
 
 
 def is_resident(weights: Weights) -> bool:
@@ -50,22 +57,48 @@ def is_resident(weights: Weights) -> bool:
     return 4 * matrix_parameters(weights.config) <= RESIDENT_LIMIT_BYTES
 
 
-def measure(model: FoldedModel, ids: Sequence[int], *, has_adapter: bool) -> Costs:
-    """Costs on `ids`, cut to what is affordable. Raises UsageError for fewer than two tokens."""
-    weights = model.weights
-    affordable = max(_FEWEST_TOKENS, _MULTIPLY_ADDS // matrix_parameters(weights.config))
-    ids = list(ids)[:affordable]
-    if len(ids) < 2:
-        raise UsageError("measuring needs a text of at least two tokens")
-    expected = list(_logits(weights, ids))
-    forms = [DenseWeights(model=model), *([DenseWeights(model=model, adapter=False)] if has_adapter else [])]
-    costs = [_cost(expected, list(_logits(form, ids)), ids) for form in forms]
-    return Costs(
-        tokens=len(ids),
-        perplexity=_perplexity(expected, ids),
-        with_adapter=costs[0],
-        without_adapter=costs[1] if has_adapter else None,
-    )
+class Expected:
+    """The logits of the source on a text, cut to what is affordable: what a GGUF is compared with."""
+
+    def __init__(self, weights: Weights, ids: Sequence[int]) -> None:
+        """Raises UsageError for fewer than two tokens."""
+        affordable = max(_FEWEST_TOKENS, _MULTIPLY_ADDS // matrix_parameters(weights.config))
+        self.weights, self.ids = weights, list(ids)[:affordable]
+        if len(self.ids) < 2:
+            raise UsageError("measuring needs a text of at least two tokens")
+        self._logits = list(_logits(weights, self.ids))
+
+    def costs(self, model: FoldedModel, *, has_adapter: bool) -> Costs:
+        """Of the folded model, in numpy."""
+        forms = [DenseWeights(model=model), *([DenseWeights(model=model, adapter=False)] if has_adapter else [])]
+        costs = [_cost(self._logits, list(_logits(form, self.ids)), self.ids) for form in forms]
+        return Costs(
+            tokens=len(self.ids),
+            perplexity=_perplexity(self._logits, self.ids),
+            with_adapter=costs[0],
+            without_adapter=costs[1] if has_adapter else None,
+        )
+
+    def check_in_llama_cpp(self, path: Path, allowed_kl: float) -> Cost | None:
+        """Of the finished file, None where llama.cpp isn't installed. Raises OutputError where it computes another model."""
+        try:
+            load_library()
+        except UsageError:
+            return None
+        session = LlamaCppSession.open(path)
+        got: list[npt.NDArray[np.float32]] = []
+        start = 0
+        for window in self._logits:
+            session.truncate(0)
+            got.append(session.all_logits(self.ids[start : start + len(window)]))
+            start += len(window)
+        cost = _cost(self._logits, got, self.ids)
+        if not (cost.kl_divergence <= allowed_kl + _WRONG_ABOVE_NATS and isfinite(cost.max_logit_error)):
+            raise OutputError(
+                f"the export came out wrong and was dropped: in llama.cpp its KL divergence is {cost.kl_divergence:.3g} "
+                f"nats, expected at most {allowed_kl:.3g} and what rounding inputs to 8 bits costs"
+            )
+        return cost
 
 
 def _logits(weights: Weights, ids: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:

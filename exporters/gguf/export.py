@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ import numpy.typing as npt
 
 from fbiedge.errors import OutputError, UsageError
 from fbiedge.files import atomic_files, real_target, require_utf8
+from fbiedge.gguf_model import adapter_path
 from fbiedge.weights import Weights
 
 from ..onnx.sidecars import check_sidecars
 from ..onnx.sources import inventory
-from .adapter import Adapter, adapter_path
-from .cost import Costs, is_resident, measure
+from .adapter import Adapter
+from .cost import Costs, Expected, is_resident
 from .fit import fit_scales, record_inputs, rms
 from .fold import INPUT_OF, LayerFold, column_fold
 from .folded import FoldedModel
@@ -58,7 +59,7 @@ class GgufReport:
     costs: Costs | None  # where there were ids to measure on
     zeros: int  # latent weights that were exactly 0 and became +1
     clamped: int  # scales of 0, or nearly so, that had to be folded
-    notes: Sequence[str]  # what llama.cpp's tokenizer does differently on rare texts
+    notes: Sequence[str]  # what llama.cpp's tokenizer does differently on rare texts, and what qualifies the numbers
     seconds: float
 
 
@@ -91,8 +92,8 @@ def export_gguf(
     vocabulary = read_vocabulary(config, weights.files)
     model, errors, fit_tokens = _fold(weights, calibration_ids)
     has_adapter = config.scaling_pattern not in ("block", "none")
-    binary = config.scaling_pattern != "none"
-    costs = measure(model, verify_ids, has_adapter=has_adapter) if binary and verify_ids is not None else None
+    expected = None if verify_ids is None else Expected(weights, verify_ids)
+    costs = None if expected is None else expected.costs(model, has_adapter=has_adapter)
     if errors and not allow_lossy:
         raise UsageError(_refusal(errors, costs))
 
@@ -116,6 +117,9 @@ def export_gguf(
         if adapter:
             adapter_bytes = adapter.write(path.with_name(beta.name), config.model_type, provenance.name, sha256)
         model_bytes = path.stat().st_size
+        if expected is not None and costs is not None and is_resident(weights):
+            cost = expected.check_in_llama_cpp(path, costs.with_adapter.kl_divergence)
+            costs = replace(costs, in_llama_cpp=cost)
     if not adapter:
         with suppress(OSError):
             beta.unlink()  # what an earlier export of this name left
@@ -131,7 +135,7 @@ def export_gguf(
         costs=costs,
         zeros=losses.zeros,
         clamped=sum(fold.clamped for fold in model.folds),
-        notes=vocabulary.notes,
+        notes=[f"in llama.cpp, {note}" for note in vocabulary.notes] + _notes(fit_tokens, calibration_ids, verify_ids),
         seconds=time.perf_counter() - started,
     )
 
@@ -195,6 +199,12 @@ def _refusal(errors: Mapping[str, float], costs: Costs | None) -> str:
         f"don't share; {numbers}. Accept that with --allow-lossy, or make the model exact with `fbiedge train --init "
         "CHECKPOINT --scaling column-shared`"
     )
+
+
+def _notes(fit_tokens: int, calibration: Sequence[int] | None, measured: Sequence[int] | None) -> list[str]:
+    if fit_tokens and measured is not None and list(calibration or ()) == list(measured):
+        return ["it was measured on the text that it was fitted to; --calibration-text and --verify-text give two"]
+    return []
 
 
 def _refuse_source(weights: Weights, out: Path) -> None:

@@ -109,4 +109,8 @@ class DenseWeights:
 
     def linear(self, name: str) -> npt.NDArray[np.float32]:
         """See Weights."""
+        if self.model.weights.config.scaling_pattern == "none":  # nothing to fold
+            dense = self.model.weights.linear(name)
+            assert not isinstance(dense, BinaryLinear)
+            return dense
         return self.model.linear(name).dense(adapter=self.adapter)

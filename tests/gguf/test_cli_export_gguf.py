@@ -70,9 +70,10 @@ def test_an_exact_model(export: Run, exact: Path, tmp_path: Path) -> None:
     assert lines[2].split() == ["group", "form", "tensors", "parameters", "bytes", "bits/weight"]
     assert any(entry.split() == ["attention", "Q1_0", "8", "98,304", "13,824", "1.125"] for entry in lines)
     assert "exact, but for rounding scales to fp16" in lines
-    assert re.fullmatch(r"perplexity of the source on \d+ tokens: \S+", lines[-3])
-    with_adapter = re.fullmatch(r"with its adapter: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-2])
-    without = re.fullmatch(r"without it: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-1])
+    assert re.fullmatch(r"of the source: perplexity \S+ on \d+ tokens", lines[-4])
+    with_adapter = re.fullmatch(r"of the GGUF: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-3])
+    without = re.fullmatch(r"without its adapter: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-2])
+    assert re.fullmatch(r"of the GGUF in llama.cpp: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-1])
     assert with_adapter and without and float(with_adapter[1]) < 1e-3
     assert float(without[1]) > 1e-2
     metadata = GgufFile.open(tmp_path / "model.gguf").metadata
@@ -89,7 +90,7 @@ def test_a_lossy_model(export: Run, official: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert len(re.findall(r"^model\.layers\.\d\.\S+_proj +\d+\.\d\d %$", out, re.MULTILINE)) == 12
     assert re.search(r"^lossy: 12 linears were fitted to \d+ tokens", out, re.MULTILINE)
-    assert re.search(r"^with its adapter: perplexity .*, KL divergence .* nats", out, re.MULTILINE)
+    assert re.search(r"^of the GGUF: perplexity .*, KL divergence .* nats", out, re.MULTILINE)
 
 
 def test_provenance_is_the_model_cards(export: Run, exact: Path, tmp_path: Path) -> None:

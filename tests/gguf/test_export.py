@@ -138,6 +138,7 @@ def test_a_lossy_model_loses_what_the_report_says(tmp_path: Path) -> None:
     assert report.costs and report.costs.without_adapter and report.costs.tokens == len(IDS)
     got = compare_logits(expected_logits(weights), llama_cpp_logits(report)).kl_divergence
     assert 0.5 * got < report.costs.with_adapter.kl_divergence < 2 * got
+    assert report.costs.in_llama_cpp and report.costs.in_llama_cpp.kl_divergence == pytest.approx(got, rel=0.05)
     assert GgufFile.open(report.model).metadata["fbiedge.exact"] is False
 
 
@@ -245,6 +246,18 @@ def test_both_files_or_neither(tmp_path: Path, fails: str, monkeypatch: pytest.M
         "in",
         "model.gguf",
     ]
+
+
+def test_an_export_that_comes_out_wrong_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished file runs in llama.cpp before it appears."""
+    from fbiedge.exporters.gguf import plan
+
+    right = plan.q1_0_blocks
+    monkeypatch.setattr(plan, "q1_0_blocks", lambda packed, d, name: right(~packed, d, name))
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config())
+    with raises_line(OutputError, "the export came out wrong and was dropped: in llama.cpp its KL divergence is"):
+        export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
