@@ -139,6 +139,22 @@ def test_stories260k_as_transformers_says(stories260k: Path) -> None:
     assert report.nats_per_token == pytest.approx(total / report.tokens, rel=1e-5)
 
 
+def test_the_torch_student_says_what_onnx_says(plain_model: Path) -> None:
+    """The model that is trained, on the same windows, through torch's cross entropy."""
+    from fbiedge.training.checkpoint import load_model
+
+    engine = open_logits(plain_model, tokens=64)
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode(SAMPLE_TEXT)
+    report = evaluate(engine, ids)
+    student, total = load_model(plain_model.parent / "checkpoint").eval(), 0.0
+    with torch.no_grad():
+        for window in map(torch.tensor, cut(ids, 64)):
+            logits = student(window[None, :-1])[0]
+            total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    assert report.nats_per_token == pytest.approx(total / report.tokens, rel=1e-4)
+
+
 def test_checkpoint_and_onnx_agree(fbiedge: Run, plain_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(SAMPLE_TEXT)
