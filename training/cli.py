@@ -90,7 +90,8 @@ def train(
             raise UsageError("no --data given; name at least one text file")
         if config is not None and preset_name is not None:
             raise UsageError("--preset and --config both give the model's shape; leave one out")
-        if (teacher is not None or init is not None) and (tokenizer is not None or special_token):
+        brought = teacher is not None or (init is not None and (init / "tokenizer.json").exists())
+        if (brought and tokenizer is not None) or ((teacher or init) and special_token):
             whose = "a student uses its teacher's tokenizer" if teacher else "--init brings its tokenizer along"
             raise UsageError(f"{whose}; leave --tokenizer and --special-token out")
         if init is not None and (config is not None or preset_name is not None):

@@ -92,20 +92,9 @@ def prepare_run(
         start = open_checkpoint(Path(plan.init))
         _check_start(start.config, plan)
         inherited = dict(start.files)
-        tokenizer = Path(plan.init) / "tokenizer.json"
     if plan.teacher is not None:
         _check_teacher(open_checkpoint(Path(plan.teacher)).config, plan)
-        tokenizer = Path(plan.teacher) / "tokenizer.json"
-    if tokenizer is None:
-        trained = train_tokenizer(read_documents(data), plan.model.vocab_size, special_tokens)
-    else:
-        trained = _read_tokenizer(tokenizer)
-    if plan.init is not None and trained.get_vocab() != _read_tokenizer(Path(plan.init) / "tokenizer.json").get_vocab():
-        raise UsageError(f"{plan.init} and {plan.teacher} have different tokenizers; distillation needs the same one")
-    if trained.get_vocab_size() != plan.model.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {trained.get_vocab_size()} pieces, the model's vocabulary {plan.model.vocab_size}"
-        )
+    trained = _choose_tokenizer(plan, "tokenizer.json" in inherited, tokenizer, data, special_tokens)
     bos, eos = trained.token_to_id(BOS), trained.token_to_id(EOS)
     if bos is None or eos is None or (bos, eos) != (plan.model.bos_token_id, plan.model.eos_token_id):
         raise UsageError(
@@ -175,6 +164,32 @@ def check_trainable(config: ModelConfig) -> None:
     if config.model_type != "llama" or config.rope_scaling is not None:
         what = f"model_type {config.model_type!r}" if config.rope_scaling is None else "rope_scaling"
         raise UsageError(f"the config has {what}; training knows a Llama with unscaled RoPE only")
+
+
+def _choose_tokenizer(
+    plan: RunPlan, start_has_one: bool, given: Path | None, data: list[Path], special_tokens: tuple[str, ...]
+) -> Tokenizer:
+    """See prepare_run."""
+    start = _read_tokenizer(Path(plan.init) / "tokenizer.json") if plan.init and start_has_one else None
+    if plan.teacher is not None:
+        chosen = _read_tokenizer(Path(plan.teacher) / "tokenizer.json")
+        if start is not None and start.get_vocab() != chosen.get_vocab():
+            raise UsageError(
+                f"{plan.init} and {plan.teacher} have different tokenizers; distillation needs the same one"
+            )
+    elif start is not None:
+        chosen = start
+    elif given is not None:
+        chosen = _read_tokenizer(given)
+    elif plan.init is not None:
+        raise UsageError(f"{plan.init} has no tokenizer.json; name its tokenizer with --tokenizer")
+    else:
+        chosen = train_tokenizer(read_documents(data), plan.model.vocab_size, special_tokens)
+    if chosen.get_vocab_size() != plan.model.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {chosen.get_vocab_size()} pieces, the model's vocabulary {plan.model.vocab_size}"
+        )
+    return chosen
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

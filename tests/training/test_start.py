@@ -184,3 +184,15 @@ def test_a_start_of_another_shape_or_tokenizer_is_refused(text: Path, teacher: P
     (tmp_path / "d" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="different tokenizers"):
         prepare_run(tmp_path / "run", dataclasses.replace(plan, init=str(tmp_path / "d")), [text], [])
+
+
+def test_a_start_without_a_tokenizer_takes_the_teachers_or_the_one_named(
+    text: Path, teacher: Path, tmp_path: Path
+) -> None:
+    saved("column", tmp_path / "bare")
+    plan = RunPlan(model=model_config("column"), training=training_config(), teacher=None, init=str(tmp_path / "bare"))
+    with pytest.raises(UsageError, match=r"has no tokenizer\.json; name its tokenizer with --tokenizer"):
+        prepare_run(tmp_path / "a", plan, [text], [])
+    prepare_run(tmp_path / "b", plan, [text], [], teacher / "tokenizer.json")
+    prepare_run(tmp_path / "c", dataclasses.replace(plan, teacher=str(teacher)), [text], [])
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "c" / "tokenizer.json").read_bytes()
