@@ -42,6 +42,7 @@ class Llama:
         if not self._model:
             raise ModelFileError(f"llama.cpp can't open {path}: {_log.reason()}")
         weakref.finalize(self, api.llama_model_free, self._model)  # and its adapters
+        _log.raise_interrupt()
         self.vocab_size: int = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self.version = f"llama-cpp-python {api.__version__}"
 
@@ -66,6 +67,7 @@ class Llama:
                 f"llama.cpp can't hold a context of {capacity} tokens: {_log.reason()}; choose a smaller one with --context"
             )
         weakref.finalize(self, api.llama_free, self._context)  # the last finalizer runs first, so before the model's
+        _log.raise_interrupt()
         self._memory = api.llama_get_memory(self._context)
         self._ids = (ctypes.c_int32 * batch)()
         self._every = (ctypes.c_int8 * batch)(*[1] * batch)
@@ -85,6 +87,7 @@ class Llama:
             batch.logits = self._every
         _log.clear()
         code = api.llama_decode(self._context, batch)
+        _log.raise_interrupt()
         if code != 0:
             raise ModelFileError(f"llama.cpp can't run {self._path}: {_log.reason()} (code {code})")
         logits: npt.NDArray[np.float32] = np.ctypeslib.as_array(
@@ -103,6 +106,7 @@ class _Log:
     def __init__(self) -> None:
         self._lines: deque[tuple[int, str]] = deque(maxlen=100)
         self._callback: Any = None  # alive as long as llama.cpp may call it
+        self._interrupted = False
 
     def listen(self, api: Any) -> None:
         """Take the log over."""
@@ -111,7 +115,14 @@ class _Log:
         api.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def clear(self) -> None:
+        """Before a call whose reason may be asked for."""
         self._lines.clear()
+        self._interrupted = False
+
+    def raise_interrupt(self) -> None:
+        """After a call: Ctrl-C that came in it. Python notices while it writes the log, where an exception is lost."""
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def reason(self) -> str:
         """The first error since clear(), which is the most exact one; without the names of functions before it."""
@@ -119,12 +130,15 @@ class _Log:
         return _FUNCTIONS.sub("", errors[0]) if errors else "it doesn't say why"
 
     def _write(self, level: int, text: bytes, _user_data: Any) -> None:
-        line = text.decode("utf-8", "replace").rstrip("\n")
-        if level == _LOG_CONTINUES and self._lines:
-            before, start = self._lines.pop()
-            self._lines.append((before, start + line))
-        else:
-            self._lines.append((level, line))
+        try:
+            line = text.decode("utf-8", "replace").rstrip("\n")
+            if level == _LOG_CONTINUES and self._lines:
+                before, start = self._lines.pop()
+                self._lines.append((before, start + line))
+            else:
+                self._lines.append((level, line))
+        except KeyboardInterrupt:
+            self._interrupted = True
 
 
 _log = _Log()

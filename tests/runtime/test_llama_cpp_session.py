@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.checkpoints import small_tensors
 from support.errors import raises_line
 from support.tiny_gguf import HASH, byte_vocabulary, gguf_tensors, tiny_adapter, tiny_config, tiny_gguf
 
-from fbiedge import llama_cpp_session
+from fbiedge import llama_cpp_library, llama_cpp_session
 from fbiedge.config import ModelConfig
 from fbiedge.cpu import default_threads
 from fbiedge.errors import ModelFileError, UsageError
@@ -98,6 +99,18 @@ def test_an_interrupted_run_is_as_if_it_had_not_been(
             session.forward([9, 9, 9])
     assert session.position == 6
     np.testing.assert_allclose(session.forward(IDS[6:12]), expected[11], **ROUNDING)
+
+
+def test_ctrl_c_while_a_model_is_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is noticed in the log's callback, whose exceptions ctypes would only print."""
+
+    class Interrupted(deque[tuple[int, str]]):
+        def append(self, _line: tuple[int, str]) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama_cpp_library._log, "_lines", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        LlamaCppSession.open(path)
 
 
 @pytest.mark.parametrize(
