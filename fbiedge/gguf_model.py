@@ -89,9 +89,9 @@ def find_adapter(file: GgufFile) -> Path | None:
     return path
 
 
-def open_gguf_model(path: Path) -> ModelFile:
-    """What the GGUF file at `path` says about itself, for whatever runs a model. Raises ModelFileError."""
-    file = GgufFile.open(path)
+def open_gguf_model(source: Path | GgufFile) -> ModelFile:
+    """What a GGUF file says about itself, for whatever runs a model. Raises ModelFileError."""
+    file = source if isinstance(source, GgufFile) else GgufFile.open(source)
     config, adapter = config_from_gguf(file), find_adapter(file)
     files = files_from_gguf(file)
     producer = metadata_value(file.metadata, "general.quantized_by", str, "unknown") or "unknown"

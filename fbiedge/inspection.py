@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import BLOCK_SIZE, ModelConfig
-from .engines import is_checkpoint, is_gguf, open_model
+from .engines import is_checkpoint, is_gguf
 from .errors import ModelFileError
 from .model_file import ModelFile
 
@@ -111,9 +111,10 @@ def _inspect_onnx(model: ModelFile) -> Inspection:
 def _inspect_gguf(path: Path) -> Inspection:
     """From the header; an adapter beside the model counts among the files alone."""
     from .gguf_file import GgufFile
-    from .gguf_model import find_adapter
+    from .gguf_model import find_adapter, open_gguf_model
 
-    model, file = open_model(path), GgufFile.open(path)
+    file = GgufFile.open(path)
+    model = open_gguf_model(file)
     tensors: dict[str, list[GgufTensor]] = {}
     for tensor in file.tensors.values():
         tensors.setdefault(_gguf_group(tensor.name), []).append(tensor)

@@ -56,7 +56,7 @@ class LlamaCppSession(CachedSession):
         threads = threads_to_use(threads)
         file = GgufFile.open(path)
         check_for_llama_cpp(file)
-        model, adapter = open_gguf_model(path), find_adapter(file)
+        model, adapter = open_gguf_model(file), find_adapter(file)
         check_context(context, model.config)
         capacity = _capacity(context, model.config)
         llama = Llama(path)
