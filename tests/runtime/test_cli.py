@@ -338,7 +338,7 @@ def test_what_a_device_lacks_is_not_imported(plain_model: Path) -> None:
     """The runtime works, and nothing of it tries, where torch, onnx and safetensors are missing."""
     program = (
         "import sys\n"
-        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'transformers', 'ml_dtypes'): sys.modules[name] = None\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'transformers', 'ml_dtypes', 'gguf', 'llama_cpp'): sys.modules[name] = None\n"
         "from fbiedge.cli import run\n"
         f"codes = [run(['generate', {str(plain_model)!r}, '-p', 'a', '--max-tokens', '3']), run(['inspect', {str(plain_model)!r}])]\n"
         "assert not [name for name in sys.modules if name.startswith(('fbiedge.exporters', 'fbiedge.training'))]\n"
