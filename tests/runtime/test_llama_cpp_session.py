@@ -55,6 +55,13 @@ def test_logits_are_those_of_the_reference(session: LlamaCppSession, expected: n
     np.testing.assert_allclose(session.forward(IDS), got[-1], atol=1e-4)
 
 
+def test_qwen3_runs_too(tmp_path: Path) -> None:
+    """Heads normalised, and larger than hidden / heads."""
+    path = tiny_gguf(tmp_path, model_type="qwen3", head_dim=32)
+    expected = Reference(open_checkpoint(tmp_path / "checkpoint")).logits(IDS[:60])
+    assert compare_logits(expected, LlamaCppSession.open(path).all_logits(IDS[:60])).kl_divergence < 1e-4
+
+
 def test_a_token_at_a_time_gives_the_same(session: LlamaCppSession, expected: np.ndarray) -> None:
     for position, token in enumerate(IDS[:40]):
         np.testing.assert_allclose(session.forward([token]), expected[position], **ROUNDING)

@@ -1,4 +1,4 @@
-"""A tiny random full-precision Llama as GGUF and as a checkpoint, written by the gguf package alone."""
+"""A tiny random full-precision Llama with a tokenizer, as GGUF and as a checkpoint, and an adapter for it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from fbiedge.weights import write_checkpoint
 
 from .checkpoints import Tensors, small_config, small_tensors
 from .gguf_files import write_gguf
+from .gguf_models import model_metadata, model_tensors
 
 HASH = "0" * 63 + "1"
-_LAYER_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -38,25 +34,11 @@ def tiny_gguf(
 ) -> Path:
     """model.gguf in `folder`, and the same as `checkpoint`, unless tensors or metadata are said.
 
-    `named`: tensors by llama.cpp's names. `metadata`: None leaves a key out."""
+    `named`: tensors by llama.cpp's names. `metadata`: None leaves a key out.
+    """
     config = tiny_config(**changes)
     tensors = small_tensors(config)
-    entries = {
-        "general.architecture": "llama",
-        "general.file_type": 0,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_theta,
-        "llama.vocab_size": config.vocab_size,
-        **byte_vocabulary(config.vocab_size),
-        **(metadata or {}),
-    }
+    entries = model_metadata(config) | byte_vocabulary(config.vocab_size) | (metadata or {})
     entries = {key: value for key, value in entries.items() if value is not None}
     path = write_gguf(folder / "model.gguf", entries, named or gguf_tensors(config, tensors))
     if named is metadata is None:
@@ -66,20 +48,8 @@ def tiny_gguf(
 
 
 def gguf_tensors(config: ModelConfig, tensors: Tensors) -> Tensors:
-    """By llama.cpp's names, and with rows of q and k in its order: it rotates neighbours, Hugging Face halves."""
-    named = {
-        "token_embd.weight": tensors["model.embed_tokens.weight"],
-        "output_norm.weight": tensors["model.norm.weight"],
-        "output.weight": tensors["lm_head.weight"],
-    }
-    for layer in range(config.num_hidden_layers):
-        for theirs, name in _LAYER_NAMES.items():
-            weight = tensors[f"model.layers.{layer}.{theirs}.weight"]
-            if name in ("attn_q", "attn_k"):
-                halves = weight.reshape(-1, 2, config.head_dim // 2, config.hidden_size)
-                weight = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
-            named[f"blk.{layer}.{name}.weight"] = weight
-    return named
+    """`tensors` by llama.cpp's names, in its order of rows."""
+    return {name: np.asarray(values) for name, values in model_tensors(config, tensors).items()}
 
 
 def byte_vocabulary(size: int = 260) -> dict[str, Any]:
