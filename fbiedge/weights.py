@@ -240,7 +240,9 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Mod
     if missing := [name for name in expected if name not in shapes]:
         raise CheckpointError(f"{path} lacks {_listed(missing)}; config.json calls for {len(expected)}")
     if extra := sorted(name for name in shapes if name not in expected and name not in tolerated):
-        raise CheckpointError(f"{path} holds {_listed(extra)} that a Llama of this config.json doesn't have")
+        raise CheckpointError(
+            f"{path} holds {_listed(extra)} that a {config.model_type} of this config.json doesn't have"
+        )
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise CheckpointError(f"{path}: tensor {name} has shape {shapes[name]}, expected {shape} by config.json")

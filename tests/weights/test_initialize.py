@@ -42,6 +42,14 @@ def test_tiny_in_every_pattern(tmp_path: Path, pattern) -> None:
     assert not np.array_equal(weights.tensor("model.embed_tokens.weight"), weights.tensor("lm_head.weight"))
 
 
+def test_a_qwen3(tmp_path: Path) -> None:
+    config = replace(preset("tiny"), model_type="qwen3", tie_word_embeddings=True, head_dim=48, scaling_pattern="block")
+    init_checkpoint(config, tmp_path / "c")
+    weights = open_checkpoint(tmp_path / "c")
+    assert weights.config == config
+    np.testing.assert_array_equal(weights.tensor("model.layers.1.self_attn.q_norm.weight"), np.ones(48, np.float32))
+
+
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         init_checkpoint(small_config(), tmp_path / name, seed)

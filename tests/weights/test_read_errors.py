@@ -82,6 +82,18 @@ def test_config_is_not_an_object(folder: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_norms_of_heads_are_there_where_the_config_says_qwen3_and_only_there(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "llama", small_config())
+    small_checkpoint(tmp_path / "qwen3", small_config(model_type="qwen3"))
+    contents = {name: (tmp_path / name / "config.json").read_text() for name in ("llama", "qwen3")}
+    for name, other in (("llama", "qwen3"), ("qwen3", "llama")):
+        (tmp_path / name / "config.json").write_text(contents[other])
+    with raises_line(CheckpointError, "lacks 4 tensors", "model.layers.0.self_attn.q_norm.weight"):
+        open_checkpoint(tmp_path / "llama")
+    with raises_line(CheckpointError, "holds 4 tensors", "k_norm.weight", "a llama of this config.json doesn't have"):
+        open_checkpoint(tmp_path / "qwen3")
+
+
 def test_config_lacks_a_field(folder: Path) -> None:
     edit_config(folder, hidden_size="absent")
     with raises_line(CheckpointError, "'hidden_size' is missing"):
