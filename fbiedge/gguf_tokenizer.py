@@ -270,7 +270,7 @@ class _Vocabulary:
         """One number a token, None where there are none. Raises ModelFileError."""
         key = f"tokenizer.ggml.{name}"
         values = metadata_value(self.metadata, key, np.ndarray)
-        if values is not None and (len(values) < len(self.tokens) or values.dtype not in (np.float32, np.int32)):
+        if values is not None and (len(values) < len(self.tokens) or values.dtype.kind not in "if"):
             got = f"{len(values)} numbers of type {values.dtype}"
             raise ModelFileError(f"{key} holds {got} for {len(self.tokens)} tokens, expected one each; {_AGAIN}")
         return values
