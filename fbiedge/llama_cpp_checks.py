@@ -35,3 +35,16 @@ def check_for_llama_cpp(file: GgufFile) -> None:
                 f"{file.path}: {tensor.name} is of type {tensor.ggml_type}, which llama.cpp can't compute with; "
                 "convert the model again"
             )
+
+
+def check_adapter(file: GgufFile) -> None:
+    """Raises ModelFileError for an adapter that is not of the form that our exporter writes (exporters/gguf/adapter.py)."""
+    for key, kind in (("general.type", str), ("adapter.type", str), ("adapter.lora.alpha", float)):
+        if not isinstance(file.metadata.get(key), kind):
+            raise ModelFileError(f"{file.path} has {file.metadata.get(key)!r} as {key}; export the model again")
+    for tensor in file.tensors.values():
+        if tensor.ggml_type != "F32" or len(tensor.shape) != 2:
+            raise ModelFileError(
+                f"{file.path}: {tensor.name} is {tensor.ggml_type} of shape {tensor.shape}, expected an F32 matrix; "
+                "export the model again"
+            )

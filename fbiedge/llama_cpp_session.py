@@ -23,7 +23,7 @@ from .errors import ModelFileError, UsageError
 from .gguf_file import GgufFile, metadata_value
 from .gguf_model import adapter_path, find_adapter, open_gguf_model
 from .kv_cache import Precision, cache_bytes
-from .llama_cpp_checks import check_for_llama_cpp
+from .llama_cpp_checks import check_adapter, check_for_llama_cpp
 from .llama_cpp_library import Llama
 from .machine import memory_bytes
 from .model_file import ModelFile
@@ -65,6 +65,7 @@ class LlamaCppSession(CachedSession):
                 f"{path} has {model.config.vocab_size} rows of embedding and {llama.vocab_size} tokens; expected the same"
             )
         if adapter:
+            check_adapter(GgufFile.open(adapter))
             llama.load_adapter(adapter)
         llama.open_context(capacity, CHUNK, threads)
         return cls(

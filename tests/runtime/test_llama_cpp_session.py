@@ -237,6 +237,14 @@ def test_a_broken_adapter(tmp_path: Path) -> None:
     adapter.write_bytes(whole[:-50])
     with raises_line(ModelFileError, "model.beta.gguf", "cut short"):
         LlamaCppSession.open(path)
+    for key, value in (("adapter.lora.alpha", 1), ("adapter.type", 3), ("general.type", 3)):
+        tiny_adapter(adapter, **{key: value})
+        with raises_line(ModelFileError, "model.beta.gguf", key):
+            LlamaCppSession.open(path)
+    for odd in (np.zeros((1, 64), np.int8), np.zeros((2, 1, 64), np.float32)):
+        tiny_adapter(adapter, a=odd)
+        with raises_line(ModelFileError, "model.beta.gguf: blk.0.ffn_up.weight.lora_a is", "expected an F32 matrix"):
+            LlamaCppSession.open(path)
     tiny_adapter(adapter, **{"general.architecture": "qwen3"})
     with raises_line(ModelFileError, "can't open the adapter", "model arch and LoRA arch mismatch"):
         LlamaCppSession.open(path)

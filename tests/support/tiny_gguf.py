@@ -69,14 +69,14 @@ def byte_vocabulary(size: int = 260) -> dict[str, Any]:
     }
 
 
-def tiny_adapter(path: Path, *, beta_of: str | None = HASH, scale: float = 1.0, **metadata: Any) -> Path:
-    """A rank-1 LoRA of the first layer's up_proj, as our exporter writes beside a model."""
+def tiny_adapter(path: Path, *, beta_of: str | None = HASH, a: np.ndarray | None = None, **metadata: Any) -> Path:
+    """A rank-1 LoRA of the first layer's up_proj, as our exporter writes beside a model; `a` [1, hidden] instead of it."""
     generator = np.random.default_rng(0)
     config = tiny_config()
     entries = {
         "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 1.0,
         **({} if beta_of is None else {"fbiedge.beta_of": beta_of}), **metadata,
     }  # fmt: skip
-    a = generator.normal(0, 1, (1, config.hidden_size)).astype(np.float32)
-    b = generator.normal(0, scale, (config.intermediate_size, 1)).astype(np.float32)
+    a = generator.normal(0, 1, (1, config.hidden_size)).astype(np.float32) if a is None else a
+    b = generator.normal(0, 1, (config.intermediate_size, 1)).astype(np.float32)
     return write_gguf(path, entries, {"blk.0.ffn_up.weight.lora_a": a, "blk.0.ffn_up.weight.lora_b": b})
