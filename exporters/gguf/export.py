@@ -38,8 +38,8 @@ from .provenance import Provenance
 from .vocabulary import read_vocabulary
 from .writer import Progress, write_model
 
-# What a fit may take: the inputs it keeps, and the multiply-adds of the pass that records them (7B: about 500 tokens).
-_FIT_INPUT_BYTES = 600 * 1000**2
+# What a fit may take: the inputs it keeps, and the multiply-adds of the pass that records them (7B: about 240 tokens).
+_FIT_INPUT_BYTES = 256 * 1000**2
 _FIT_MULTIPLY_ADDS = 4 * 1000**4
 _FIT_MOST_TOKENS = 4096
 
