@@ -48,6 +48,7 @@ def quantize_q1_0(weight: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.
 
 def half(values: npt.NDArray[np.floating[Any]], name: str) -> npt.NDArray[np.float16]:
     """As float16. Raises CheckpointError for values that it can't hold."""
-    if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+    # Not by np.abs, which would copy an embedding of half a gigabyte.
+    if max(values.max(initial=0), -values.min(initial=0)) > np.finfo(np.float16).max:
         raise CheckpointError(f"{name} holds values beyond fp16's 65504, which GGUF can't store in this form")
     return values.astype(np.float16)
