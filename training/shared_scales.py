@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .model import Attention, BinaryLinear, Llama, Mlp
 
 # Stored alphas of o_proj and down_proj reach from this share of their largest upwards. Below it the folded value row
-# would be lost in an fp16 KV cache, while its beta, divided by alpha, would grow; and 2^-10 of the largest is no more
-# than what rounding that one to fp16 changes.
+# would be lost in an fp16 KV cache, while its beta, divided by alpha, would grow; and 2^-10 of the largest is but twice
+# what rounding that one to fp16 may change.
 SMALLEST_SHARE = 2.0**-10
 
 
@@ -59,8 +59,8 @@ def storable_scales(model: Llama) -> dict[str, Tensor]:
     """The `wscale`s of o_proj and down_proj as they are stored, by name.
 
     They become the `d` of GGUF's blocks, which is fp16. Rounding them in the checkpoint instead of in the export makes
-    both hold one model. It changes an alpha by 2^-12 of itself at most (or to SMALLEST_SHARE of the largest), where
-    training in bf16 saw it to 2^-9; the training state keeps all digits.
+    both hold one model. It changes an alpha by 2^-11 of itself at most (or to SMALLEST_SHARE of the largest), where
+    training in bf16 rounds W_eff to 2^-8; the training state keeps all digits.
     """
     stored = {}
     for name, module in model.named_modules():
