@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fbiedge.config import ModelConfig
 from fbiedge.errors import OutputError, UsageError
 from fbiedge.files import atomic_files, real_target, require_utf8
 from fbiedge.gguf_model import adapter_path
@@ -29,7 +30,7 @@ from ..onnx.sidecars import check_sidecars
 from ..onnx.sources import inventory
 from .adapter import Adapter
 from .cost import Costs, Expected, is_resident
-from .fit import fit_scales, record_inputs, rms
+from .fit import TOKENS_AN_INPUT, Fit, fit_linear, record_inputs, rms
 from .fold import INPUT_OF, LayerFold, column_fold
 from .folded import FoldedModel
 from .metadata import add_metadata
@@ -135,7 +136,8 @@ def export_gguf(
         costs=costs,
         zeros=losses.zeros,
         clamped=sum(fold.clamped for fold in model.folds),
-        notes=[f"in llama.cpp, {note}" for note in vocabulary.notes] + _notes(fit_tokens, calibration_ids, verify_ids),
+        notes=[f"in llama.cpp, {note}" for note in vocabulary.notes]
+        + _notes(config, fit_tokens, calibration_ids, verify_ids),
         seconds=time.perf_counter() - started,
     )
 
@@ -157,25 +159,22 @@ def _fold(weights: Weights, ids: Sequence[int] | None) -> tuple[FoldedModel, dic
     ids = list(ids)[: _affordable(weights, watched)]
     inputs = record_inputs(weights, ids, watched, resident=is_resident(weights))
     # 2. Gammas, now that the size of inputs is known, and d.
-    fitted: dict[str, npt.NDArray[np.float32]] = {}
-    errors: dict[str, float] = {}
+    fitted: dict[str, Fit] = {}
     for layer in layers:
         prefix = f"model.layers.{layer}."
         known = {place: inputs[f"{prefix}{name}"] for place, name in first.items() if f"{prefix}{name}" in inputs}
         fold = column_fold(weights, layer, {place: rms(x) for place, x in known.items()})
         folds[layer] = fold
         for name in fold.lossy:
-            d, error = _fit(weights, f"{prefix}{name}", fold, name, known[INPUT_OF[name]])
-            fitted[f"{prefix}{name}"], errors[f"{prefix}{name}"] = d, error
+            fitted[f"{prefix}{name}"] = _fit(weights, f"{prefix}{name}", fold, name, known[INPUT_OF[name]])
+    errors = {name: fit.error for name, fit in fitted.items()}
     return FoldedModel(weights=weights, folds=tuple(folds), fitted=fitted), errors, len(ids)
 
 
-def _fit(
-    weights: Weights, full_name: str, fold: LayerFold, name: str, inputs: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.float32], float]:
+def _fit(weights: Weights, full_name: str, fold: LayerFold, name: str, inputs: npt.NDArray[np.float32]) -> Fit:
     linear: Any = weights.linear(full_name)
     packed, ratio, _, a = fold.parts(name, linear)
-    return fit_scales(packed, ratio, a, inputs * fold.gamma[INPUT_OF[name]])
+    return fit_linear(packed, ratio, a, inputs * fold.gamma[INPUT_OF[name]])
 
 
 def _affordable(weights: Weights, watched: set[str]) -> int:
@@ -201,10 +200,19 @@ def _refusal(errors: Mapping[str, float], costs: Costs | None) -> str:
     )
 
 
-def _notes(fit_tokens: int, calibration: Sequence[int] | None, measured: Sequence[int] | None) -> list[str]:
+def _notes(
+    config: ModelConfig, fit_tokens: int, calibration: Sequence[int] | None, measured: Sequence[int] | None
+) -> list[str]:
+    """What a user should know about a fit."""
+    notes = []
+    needed = TOKENS_AN_INPUT * config.hidden_size
+    if 0 < fit_tokens < needed:
+        notes.append(
+            f"signs are fitted too, which may halve the loss, from {needed:,} tokens on; give them by --calibration-text"
+        )
     if fit_tokens and measured is not None and list(calibration or ()) == list(measured):
-        return ["it was measured on the text that it was fitted to; --calibration-text and --verify-text give two"]
-    return []
+        notes.append("it was measured on the text that it was fitted to; --calibration-text and --verify-text give two")
+    return notes
 
 
 def _refuse_source(weights: Weights, out: Path) -> None:

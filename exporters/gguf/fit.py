@@ -1,9 +1,13 @@
-"""Least squares for what doesn't fold: the d of a row and 128 inputs that changes a linear's outputs least, on a text.
+"""Least squares for what doesn't fold: the d and the signs that change a linear's outputs least, on a text.
 
 With x' the inputs as they arrive, gamma · x (fold.py), a row computes  y = Σ_k ratio[k] · s[k] · x'[k], and what can be had
 is  ŷ = Σ_g d[g] · z[g],  z[g] = Σ_{k in g} s[k] · x'[k].  Over the positions of a text, d minimises  mean (y - ŷ)²: a system
 of K/128 equations a row, all groups at once, since inputs of different groups are correlated. Positions may be few, so
 d is held near its value for uncorrelated inputs, the mean of ratio weighted by x'², by a ridge.
+
+With at least 2 positions an input, signs are chosen too: inputs in the order of their size, each gets the sign nearest to
+what is wanted of it, and what is left over is made up by the inputs after it, as far as they are correlated with it
+(GPTQ's way of rounding; arXiv 2210.17323). With fewer positions that would fit the text and not the language.
 
 Inputs are those of the original model: `record_inputs` runs the reference and keeps them.
 """
@@ -11,11 +15,12 @@ Inputs are those of the original model: `record_inputs` runs the reference and k
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fbiedge.bits import unpack_bits
+from fbiedge.bits import pack_bits, unpack_bits
 from fbiedge.config import BLOCK_SIZE
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights
@@ -23,7 +28,19 @@ from fbiedge.weights import Weights
 Matrix = npt.NDArray[np.float32]
 
 _RIDGE = 1e-3  # of the mean diagonal of a row's system
+_SIGN_RIDGE = 1e-2  # of the mean square of the inputs
+TOKENS_AN_INPUT = 2  # from which on signs are chosen
+_ROUNDS = 2  # of choosing signs and fitting d to them
 _ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What stands for a linear that doesn't fold."""
+
+    d: Matrix  # [N, K/128]
+    packed: npt.NDArray[np.uint8] | None  # other sign bits [N, K/8], where some were chosen
+    error: float  # rms of the outputs' error, relative to the outputs with the adapter's part
 
 
 def record_inputs(weights: Weights, ids: Sequence[int], names: Collection[str], *, resident: bool) -> dict[str, Matrix]:
@@ -36,13 +53,30 @@ def record_inputs(weights: Weights, ids: Sequence[int], names: Collection[str], 
     return {name: np.concatenate(parts) for name, parts in recorder.inputs.items()}
 
 
-def fit_scales(
+def fit_linear(
     packed: npt.NDArray[np.uint8], ratio: npt.NDArray[np.float32], a: npt.NDArray[np.float32], inputs: Matrix
-) -> tuple[Matrix, float]:
-    """d [N, K/128] for sign bits [N, K/8], and the error that is left: rms of ŷ - y relative to y, with the adapter's part.
+) -> Fit:
+    """The fit for sign bits [N, K/8], ratio [K] and the adapter's a [K]; `inputs` [tokens, K] are x', so with gamma."""
+    d, error = fit_scales(packed, packed, ratio, a, inputs)
+    chosen = None
+    if len(inputs) >= TOKENS_AN_INPUT * inputs.shape[1]:
+        for _ in range(_ROUNDS):
+            signs = choose_signs(packed, ratio, d, inputs)
+            new_d, new_error = fit_scales(signs, packed, ratio, a, inputs)
+            if new_error >= error:
+                break
+            d, error, chosen = new_d, new_error, signs
+    return Fit(d=d, packed=chosen, error=error)
 
-    `inputs` [tokens, K] are x', so with gamma; `a` [K] is the adapter's row.
-    """
+
+def fit_scales(
+    stored: npt.NDArray[np.uint8],
+    packed: npt.NDArray[np.uint8],
+    ratio: npt.NDArray[np.float32],
+    a: npt.NDArray[np.float32],
+    inputs: Matrix,
+) -> tuple[Matrix, float]:
+    """d [N, K/128] for the bits `stored` in place of `packed` with ratio, and the error that is left (see Fit)."""
     tokens, k = inputs.shape
     groups = k // BLOCK_SIZE
     by_group = np.ascontiguousarray(inputs.reshape(tokens, groups, BLOCK_SIZE).transpose(1, 0, 2))  # [G, T, 128]
@@ -51,21 +85,42 @@ def fit_scales(
     d = np.empty((len(packed), groups), np.float32)
     left = total = 0.0
     for start in range(0, len(packed), _ROWS_AT_ONCE):
-        signs = unpack_bits(packed[start : start + _ROWS_AT_ONCE], k).astype(np.float32)  # [R, K]
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        signs = unpack_bits(stored[rows], k).astype(np.float32)  # [R, K]
         z = by_group @ signs.reshape(-1, groups, BLOCK_SIZE).transpose(1, 2, 0)  # [G, T, R]
         z = np.ascontiguousarray(z.transpose(2, 0, 1))  # [R, G, T]
-        signs *= ratio
-        y = signs @ inputs.T  # [R, T]
+        y = (unpack_bits(packed[rows], k) * ratio) @ inputs.T  # [R, T]
         rest = y - np.einsum("rgt,g->rt", z, uncorrelated)
         system = (z @ z.transpose(0, 2, 1)).astype(np.float64)  # [R, G, G]
         diagonal = np.einsum("rgg->rg", system)
         diagonal += _RIDGE * diagonal.mean(axis=1, keepdims=True) + 1e-30
         step = np.linalg.solve(system, (z @ rest[..., None]).astype(np.float64))[..., 0]  # [R, G]
         found = (uncorrelated + step).astype(np.float32)
-        d[start : start + len(found)] = found
+        d[rows] = found
         left += float(np.square(y - np.einsum("rgt,rg->rt", z, found), dtype=np.float64).sum())
         total += float(np.square(y + offset, dtype=np.float64).sum())
     return d, float(np.sqrt(left / total)) if total else 0.0
+
+
+def choose_signs(
+    packed: npt.NDArray[np.uint8], ratio: npt.NDArray[np.float32], d: Matrix, inputs: Matrix
+) -> npt.NDArray[np.uint8]:
+    """Sign bits [N, K/8] that with d [N, K/128] come nearest to those of `packed` with ratio [K]."""
+    tokens, k = inputs.shape
+    moments = (inputs.T @ inputs).astype(np.float64) / tokens  # [K, K]
+    np.einsum("kk->k", moments)[:] += _SIGN_RIDGE * np.trace(moments) / k + 1e-30
+    order = np.argsort(-np.diag(moments))
+    # Row i: how an error in input i is made up by the inputs after it.
+    remedy = np.linalg.cholesky(np.linalg.inv(moments[np.ix_(order, order)])).T
+    wanted = (unpack_bits(packed, k) * ratio).astype(np.float64)[:, order]  # [N, K]
+    size = np.repeat(d, BLOCK_SIZE, axis=1)[:, order].astype(np.float64)
+    chosen = np.empty((len(packed), k), np.float32)
+    for i in range(k):
+        # A d below 0 turns the sign of what it is multiplied with.
+        chosen[:, order[i]] = np.where(wanted[:, i] * size[:, i] >= 0, 1, -1)
+        error = (wanted[:, i] - size[:, i] * chosen[:, order[i]]) / remedy[i, i]
+        wanted[:, i + 1 :] -= error[:, None] * remedy[i, i + 1 :]
+    return pack_bits(chosen)
 
 
 def rms(inputs: Matrix) -> npt.NDArray[np.float32]:

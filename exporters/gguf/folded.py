@@ -22,6 +22,7 @@ from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.errors import CheckpointError
 from fbiedge.weights import BinaryLinear, Weights
 
+from .fit import Fit
 from .fold import LayerFold, Vector
 from .q1_0 import half
 
@@ -58,7 +59,7 @@ class FoldedModel:
 
     weights: Weights
     folds: tuple[LayerFold, ...] = ()
-    fitted: Mapping[str, npt.NDArray[np.float32]]  # d [N, K/128] of the lossy linears, without c
+    fitted: Mapping[str, Fit]  # of the lossy linears; d without c
 
     def linear(self, name: str) -> FoldedLinear:
         """W' of a binary linear."""
@@ -84,7 +85,9 @@ class FoldedModel:
     def _column(self, name: str, linear: BinaryLinear) -> FoldedLinear:
         _, _, layer, short = name.split(".", 3)
         packed, _, rows, a = self.folds[int(layer)].parts(short, linear)
-        d = rows[:, None] * self.fitted[name] if name in self.fitted else rows[:, None]
+        d, fit = rows[:, None], self.fitted.get(name)
+        if fit is not None:
+            d, packed = d * fit.d, packed if fit.packed is None else fit.packed
         return FoldedLinear(packed=packed, k=linear.k, d=d, a=a, b=rows, zeros=linear.zeros)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from support.gguf_checkpoints import IDS, gguf_checkpoint, gguf_config
 
 from fbiedge.bits import pack_bits, unpack_bits
 from fbiedge.exporters.gguf.export import _fold
-from fbiedge.exporters.gguf.fit import fit_scales, record_inputs, rms
+from fbiedge.exporters.gguf.fit import choose_signs, fit_linear, fit_scales, record_inputs, rms
 from fbiedge.exporters.gguf.folded import DenseWeights
 from fbiedge.reference import Reference, rms_norm
 
@@ -31,13 +32,13 @@ def outputs(d: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 
 def test_a_ratio_of_one_a_block_is_found() -> None:
     ratio = np.repeat(np.array([0.7, 1.3], np.float32), 128)
-    d, error = fit_scales(PACKED, ratio, NO_BETA, correlated(500))
+    d, error = fit_scales(PACKED, PACKED, ratio, NO_BETA, correlated(500))
     assert np.allclose(d, [0.7, 1.3], atol=1e-5) and error < 1e-5
 
 
 def test_no_other_scales_are_better() -> None:
     ratio, inputs = GENERATOR.uniform(0.5, 1.5, 256).astype(np.float32), correlated(2000)
-    d, error = fit_scales(PACKED, ratio, NO_BETA, inputs)
+    d, error = fit_scales(PACKED, PACKED, ratio, NO_BETA, inputs)
     wanted = inputs @ (SIGNS * ratio).T
 
     def left(scales: np.ndarray) -> np.ndarray:
@@ -49,10 +50,32 @@ def test_no_other_scales_are_better() -> None:
     assert left(d).sum() < left(np.full_like(d, ratio.mean())).sum()
 
 
+def test_signs_are_chosen_where_there_are_tokens_enough() -> None:
+    """And help on inputs that they were not chosen for, too."""
+    ratio, inputs = GENERATOR.uniform(0.1, 1.9, 256).astype(np.float32), correlated(6000)
+    seen, others = inputs[:3000], inputs[3000:]
+    assert fit_linear(PACKED, ratio, NO_BETA, seen[:511]).packed is None
+    fit = fit_linear(PACKED, ratio, NO_BETA, seen)
+    d, error = fit_scales(PACKED, PACKED, ratio, NO_BETA, seen)
+    assert fit.packed is not None and fit.error < 0.9 * error
+    signs = unpack_bits(fit.packed, 256).astype(np.float32)
+    wanted = others @ (SIGNS * ratio).T
+    new = np.square(others @ (signs * np.repeat(fit.d, 128, axis=1)).T - wanted).sum()
+    assert new < 0.9 * np.square(outputs(d, others) - wanted).sum()
+
+
+def test_signs_that_are_right_stay() -> None:
+    """Also where d is below 0."""
+    for factor in (1, -1):
+        d = np.full((300, 2), factor, np.float32)
+        signs = choose_signs(PACKED, np.full(256, factor, np.float32), d, correlated(1024))
+        assert np.array_equal(signs, PACKED)
+
+
 def test_few_tokens_do_no_harm() -> None:
     """With few positions, d stays near the mean of the ratio."""
     ratio = GENERATOR.uniform(0.9, 1.1, 256).astype(np.float32)
-    d, _ = fit_scales(PACKED, ratio, NO_BETA, correlated(16))
+    d, _ = fit_scales(PACKED, PACKED, ratio, NO_BETA, correlated(16))
     assert np.abs(d - 1).max() < 0.2
 
 
@@ -83,6 +106,6 @@ def test_a_lossy_model_keeps_most(tmp_path: Path) -> None:
     assert tokens == 200 and len(errors) == 2 * 6 and all(0 < error < 1 for error in errors.values())
     expected = Reference(weights).logits(IDS)
     loss = np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean()
-    plain = {name: np.full_like(d, 1) for name, d in model.fitted.items()}
+    plain = {name: replace(fit, d=np.full_like(fit.d, 1)) for name, fit in model.fitted.items()}
     object.__setattr__(model, "fitted", plain)
     assert loss < np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean()
