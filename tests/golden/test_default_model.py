@@ -2,12 +2,11 @@
 
 tests/golden/fp32.txt   greedy, fp32 activations: numpy reference = torch = ONNX on every ISA = stock ops
 tests/golden/int8.txt   greedy, the default level: every ISA and thread count
-Both are continuations of PROMPT by TOKENS tokens.
+Both are continuations of PROMPT by TOKENS tokens. llama.cpp's side is in test_default_gguf.py.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.bundled import MODEL, PROMPT, UNSEEN_STORY, golden
 
 from fbiedge import ops_library
 from fbiedge.exporters.onnx import export_onnx, open_onnx
@@ -26,20 +26,7 @@ from fbiedge.tokenizer import Tokenizer
 from fbiedge.training.model import BinaryLinear, Llama
 from fbiedge.weights import Weights
 
-MODEL = Path(str(importlib.resources.files("fbiedge") / "models" / "default.onnx"))
-HERE = Path(__file__).parent
-PROMPT = "One day, a little girl named Lily"
 TOKENS = 96
-# Written for this test, so that nothing of it can be in the training data.
-UNSEEN_STORY = (
-    "One day, a little girl named Mia went to the park with her mom. She saw a big tree and wanted to climb it. "
-    'Her mom said, "Be careful, Mia!" Mia climbed up and saw a small bird in a nest. The bird was hungry, so Mia '
-    "gave it some bread. The bird was happy and sang a song. Mia smiled and went home with her mom."
-)
-
-
-def golden(level: str) -> str:
-    return (HERE / f"{level}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 @pytest.fixture(scope="module")
