@@ -110,7 +110,7 @@ def print_gguf_export(report: Any) -> None:
         _print_table(table)
         print_text(f"lossy: {len(report.errors)} linears were fitted to {report.fit_tokens:,} tokens")
     elif report.costs is not None:
-        print_text("exact, but for rounding scales to fp16")
+        print_text("its linears are exact, but for rounding scales to fp16")
     if (costs := report.costs) is not None:
         print_text(f"of the source: perplexity {costs.perplexity:.4g} on {costs.tokens:,} tokens")
         forms = {"of the GGUF": costs.with_adapter, "without its adapter": costs.without_adapter}

@@ -18,7 +18,7 @@ from fbiedge.weights import SIDECARS, open_checkpoint
 from .checkpoint import load_model
 from .config import TrainConfig
 from .data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
-from .model import Llama
+from .model import Llama, check_trainable
 from .shared_scales import share_scales
 from .start import start_from
 from .tokenizer import BOS, EOS, tokenizer_config, train_tokenizer
@@ -157,13 +157,6 @@ def open_batches(run: Path, training: TrainConfig) -> tuple[Batches, Batches]:
         for path, name in shards
     )
     return batches, held_out_batches
-
-
-def check_trainable(config: ModelConfig) -> None:
-    """Raises UsageError for a model that `model.Llama` would compute as another one."""
-    if config.model_type != "llama" or config.rope_scaling is not None:
-        what = f"model_type {config.model_type!r}" if config.rope_scaling is None else "rope_scaling"
-        raise UsageError(f"the config has {what}; training knows a Llama with unscaled RoPE only")
 
 
 def _choose_tokenizer(

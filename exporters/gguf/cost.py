@@ -24,6 +24,7 @@ from fbiedge.weights import Weights
 
 from .folded import DenseWeights, FoldedModel
 from .plan import matrix_parameters
+from .storage import GgufOptions
 
 RESIDENT_LIMIT_BYTES = 2 * 1000**3  # of dense float32 weights; above it, tensors are read as they are needed
 _MULTIPLY_ADDS = 100 * 1000**3  # of one pass: a few seconds of numpy on two cores
@@ -68,9 +69,12 @@ class Expected:
             raise UsageError("measuring needs a text of at least two tokens")
         self._logits = list(_logits(weights, self.ids))
 
-    def costs(self, model: FoldedModel, *, has_adapter: bool) -> Costs:
+    def costs(self, model: FoldedModel, options: GgufOptions, *, has_adapter: bool) -> Costs:
         """Of the folded model, in numpy."""
-        forms = [DenseWeights(model=model), *([DenseWeights(model=model, adapter=False)] if has_adapter else [])]
+        forms = [
+            DenseWeights(model=model, options=options, adapter=adapter)
+            for adapter in ((True, False) if has_adapter else (True,))
+        ]
         costs = [_cost(self._logits, list(_logits(form, self.ids)), self.ids) for form in forms]
         return Costs(
             tokens=len(self.ids),

@@ -34,8 +34,9 @@ from .fit import TOKENS_AN_INPUT, Fit, fit_linear, record_inputs, rms
 from .fold import INPUT_OF, LayerFold, column_fold
 from .folded import FoldedModel
 from .metadata import add_metadata
-from .plan import GgufOptions, Losses, Storage, check_shapes, matrix_parameters, plan_tensors
+from .plan import Losses, check_shapes, matrix_parameters, plan_tensors
 from .provenance import Provenance
+from .storage import GgufOptions, Storage
 from .vocabulary import read_vocabulary
 from .writer import Progress, write_model
 
@@ -94,7 +95,7 @@ def export_gguf(
     model, errors, fit_tokens = _fold(weights, calibration_ids)
     has_adapter = config.scaling_pattern not in ("block", "none")
     expected = None if verify_ids is None else Expected(weights, verify_ids)
-    costs = None if expected is None else expected.costs(model, has_adapter=has_adapter)
+    costs = None if expected is None else expected.costs(model, options, has_adapter=has_adapter)
     if errors and not allow_lossy:
         raise UsageError(_refusal(errors, costs))
 

@@ -25,6 +25,7 @@ from fbiedge.weights import BinaryLinear, Weights
 from .fit import Fit
 from .fold import LayerFold, Vector
 from .q1_0 import half
+from .storage import UNROUNDED, GgufOptions, as_stored
 
 _FOLDED_NORMS = {"input_layernorm": "attn", "post_attention_layernorm": "ffn"}
 
@@ -93,9 +94,10 @@ class FoldedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseWeights:
-    """A folded model as ordinary Weights, for the reference: the tensors of an ordinary Llama."""
+    """A file's model as ordinary Weights, for the reference: the tensors of an ordinary Llama, rounded as they are stored."""
 
     model: FoldedModel
+    options: GgufOptions = UNROUNDED
     adapter: bool = True  # False: what llama.cpp computes without it
 
     @property
@@ -108,12 +110,17 @@ class DenseWeights:
 
     def tensor(self, name: str) -> Vector:
         """See Weights."""
-        return self.model.norm(name) if name.endswith("norm.weight") else self.model.weights.tensor(name)
+        if name.endswith("norm.weight"):
+            return self.model.norm(name)
+        is_head = name == "lm_head.weight" and not self.config.tie_word_embeddings
+        return as_stored(
+            self.model.weights.tensor(name), self.options.head if is_head else self.options.embedding, name
+        )
 
     def linear(self, name: str) -> npt.NDArray[np.float32]:
         """See Weights."""
         if self.model.weights.config.scaling_pattern == "none":  # nothing to fold
             dense = self.model.weights.linear(name)
             assert not isinstance(dense, BinaryLinear)
-            return dense
+            return as_stored(dense, self.options.head, name)
         return self.model.linear(name).dense(adapter=self.adapter)

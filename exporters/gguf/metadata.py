@@ -5,7 +5,7 @@ general.sampling.*            generation_config.json's recommendations
 fbiedge.format_version        "1"
 fbiedge.producer              e.g. "fbiedge 0.1.0"
 fbiedge.scaling_pattern       of the source: column, row, single, block
-fbiedge.exact                 bool: nothing was lost but by rounding to fp16
+fbiedge.exact                 bool: the linears lost nothing but by rounding scales to fp16
 fbiedge.feed_forward_length   the FFN's size without padding
 fbiedge.weights_sha256        of all tensor data in this file, hexadecimal; an adapter names it as fbiedge.beta_of
 fbiedge.recipe                how the model was trained, where the exporter was told
@@ -25,13 +25,16 @@ from fbiedge.model_file import load_json
 from fbiedge.sampling import SamplingOptions
 
 from ..onnx.sidecars import chat_template
-from .plan import GgufOptions, padded_ffn
+from .plan import padded_ffn
 from .provenance import Provenance
+from .storage import GgufOptions
 from .vocabulary import Vocabulary
 
 FORMAT_VERSION = "1"
 HASH_KEY = "fbiedge.weights_sha256"
 HASH_PLACEHOLDER = "0" * 64
+# What llama.cpp computes with whatever a file of these architectures says (found in 0.3.36 of llama-cpp-python).
+_YARN_RAMP = (32.0, 1.0)
 
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -98,10 +101,11 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     scaling = config.rope_scaling
     if scaling is None:
         return
-    if scaling.attention_factor not in (None, 1.0) or not scaling.truncate:
+    ramp = (scaling.beta_fast, scaling.beta_slow) if scaling.rope_type == "yarn" else _YARN_RAMP
+    if scaling.attention_factor not in (None, 1.0) or not scaling.truncate or ramp != _YARN_RAMP:
         raise CheckpointError(
-            f"config: llama.cpp has no RoPE of type {scaling.rope_type!r} with an attention_factor of its own or "
-            "without truncate"
+            f"config: llama.cpp has no RoPE of type {scaling.rope_type!r} with an attention_factor of its own, other betas "
+            f"than {_YARN_RAMP[0]:g} and {_YARN_RAMP[1]:g}, or without truncate"
         )
     if scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

@@ -16,30 +16,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gguf  # noqa: TID253
 import numpy as np
 import numpy.typing as npt
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig
-from fbiedge.errors import CheckpointError, UsageError
+from fbiedge.errors import CheckpointError
 from fbiedge.rope import rope_frequencies
 from fbiedge.weights import BinaryLinear, Weights
 
 from ..onnx.sources import TensorSpec
 from .adapter import Adapter
 from .folded import FoldedModel
-from .q1_0 import half, q1_0_blocks, quantize_q1_0, row_bytes
+from .q1_0 import q1_0_blocks, row_bytes
+from .storage import TYPES, GgufOptions, Storage, stored_form, stored_row
 
-Storage = Literal["f16", "q8_0", "q1_0", "f32"]
-
-_TYPES: dict[Storage, gguf.GGMLQuantizationType] = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    "q1_0": gguf.GGMLQuantizationType.Q1_0,
-}
 _LINEARS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -49,21 +42,6 @@ _LINEARS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_ROWS_AT_ONCE = 2048  # of a table that is quantised
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufOptions:
-    """Raises UsageError for a value that isn't one of those listed."""
-
-    embedding: Storage = "f16"
-    head: Storage = "f16"  # also of the linears of an ordinary Llama
-
-    def __post_init__(self) -> None:
-        for name in ("embedding", "head"):
-            value = getattr(self, name)
-            if value not in get_args(Storage):
-                raise UsageError(f"{name} is {value!r}, expected one of {', '.join(get_args(Storage))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +140,7 @@ def _binary_linear(
     spec = TensorSpec(
         name=stored, dtype="uint8", shape=(rows, row_bytes(inputs)), group=group, form="Q1_0", parameters=n * k
     )
-    return PlannedTensor(spec=spec, kind=_TYPES["q1_0"], read=read)
+    return PlannedTensor(spec=spec, kind=TYPES["q1_0"], read=read)
 
 
 def _dense_linear(weights: Weights, prefix: str, block: str, name: str, storage: Storage) -> PlannedTensor:
@@ -187,31 +165,17 @@ def _table(weights: Weights, name: str, stored: str, group: str, storage: Storag
 def _matrix(
     name: str, shape: tuple[int, int], group: str, storage: Storage, values: Callable[[], npt.NDArray[np.float32]]
 ) -> PlannedTensor:
-    n, k = shape
-    kind = _TYPES[storage]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    dtype, row = {"f32": ("float32", k), "f16": ("float16", k)}.get(storage, ("uint8", k // block * block_bytes))
-
     def read() -> npt.NDArray[Any]:
         weight = values()
         if weight.shape != shape:
             raise CheckpointError(f"{name} would have shape {weight.shape}, expected {shape} by the config")
-        match storage:
-            case "f32":
-                return weight
-            case "f16":
-                return half(weight, name)
-            case "q1_0":
-                return quantize_q1_0(weight, name)
-        stored = np.empty((n, row), np.uint8)
-        for start in range(0, n, _ROWS_AT_ONCE):
-            part = np.ascontiguousarray(weight[start : start + _ROWS_AT_ONCE])
-            stored[start : start + len(part)] = gguf.quants.quantize(part, kind)
-        return stored
+        return stored_form(weight, storage, name)
 
-    form = storage.upper()
-    spec = TensorSpec(name=name, dtype=dtype, shape=(n, row), group=group, form=form, parameters=n * k)
-    return PlannedTensor(spec=spec, kind=kind, read=read)
+    dtype, columns = stored_row(storage, shape[1])
+    spec = TensorSpec(
+        name=name, dtype=dtype, shape=(shape[0], columns), group=group, form=storage.upper(), parameters=prod(shape)
+    )
+    return PlannedTensor(spec=spec, kind=TYPES[storage], read=read)
 
 
 def _norm(model: FoldedModel, name: str, stored: str, size: int) -> PlannedTensor:
@@ -222,7 +186,7 @@ def _vector(
     name: str, size: int, group: str, values: Callable[[], npt.NDArray[np.float32]], *, parameters: int
 ) -> PlannedTensor:
     spec = TensorSpec(name=name, dtype="float32", shape=(size,), group=group, form="F32", parameters=parameters)
-    return PlannedTensor(spec=spec, kind=_TYPES["f32"], read=values)
+    return PlannedTensor(spec=spec, kind=TYPES["f32"], read=values)
 
 
 def _row_order(config: ModelConfig, name: str) -> npt.NDArray[np.intp] | None:
@@ -252,7 +216,7 @@ def _padded(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]
 
 
 def _block(storage: Storage) -> int:
-    return gguf.GGML_QUANT_SIZES[_TYPES[storage]][0]
+    return gguf.GGML_QUANT_SIZES[TYPES[storage]][0]
 
 
 def matrix_parameters(config: ModelConfig) -> int:

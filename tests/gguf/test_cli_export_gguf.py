@@ -69,7 +69,7 @@ def test_an_exact_model(export: Run, exact: Path, tmp_path: Path) -> None:
     assert lines[1].startswith(f"wrote {tmp_path / 'model.beta.gguf'} ({beta:,} bytes): the offsets beta, as a LoRA")
     assert lines[2].split() == ["group", "form", "tensors", "parameters", "bytes", "bits/weight"]
     assert any(entry.split() == ["attention", "Q1_0", "8", "98,304", "13,824", "1.125"] for entry in lines)
-    assert "exact, but for rounding scales to fp16" in lines
+    assert "its linears are exact, but for rounding scales to fp16" in lines
     assert re.fullmatch(r"of the source: perplexity \S+ on \d+ tokens", lines[-4])
     with_adapter = re.fullmatch(r"of the GGUF: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-3])
     without = re.fullmatch(r"without its adapter: perplexity .*, KL divergence (\S+) nats, top-1 .*", lines[-2])

@@ -15,7 +15,7 @@ from support.gguf_checkpoints import FILES, IDS, gguf_checkpoint, gguf_config, r
 from support.stock_llama_cpp import StockLlamaCpp
 
 from fbiedge.errors import CheckpointError, OutputError, UsageError
-from fbiedge.exporters.gguf import GgufReport, Provenance, adapter_path, export_gguf
+from fbiedge.exporters.gguf import GgufReport, Provenance, adapter_path, export_gguf, open_gguf
 from fbiedge.exporters.gguf.export import binary_bits
 from fbiedge.exporters.gguf.fold import column_fold
 from fbiedge.exporters.gguf.folded import DenseWeights, FoldedModel
@@ -113,6 +113,18 @@ def test_forms_of_embedding_and_head(tmp_path: Path, embedding: Any, head: Any, 
         stored = dequantize(file.tensors[name], file.data(name))
         assert relative(stored, weights.tensor(ours)) < bound
     assert np.isfinite(llama_cpp_logits(report)).all()
+
+
+@pytest.mark.parametrize("form", ["f16", "q8_0", "q1_0"])
+def test_what_embedding_and_head_lose_is_part_of_the_cost(form: Any, tmp_path: Path) -> None:
+    """The numbers printed are those of the file's own tensors, as the reader finds them."""
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config("block"))
+    report = export_gguf(weights, tmp_path / "model.gguf", embedding=form, head=form, verify_ids=IDS)
+    stored = Reference(open_gguf(report.model)).logits(IDS)
+    expected = compare_logits(Reference(weights).logits(IDS), stored)
+    assert report.costs is not None
+    assert report.costs.with_adapter.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-2)
+    assert (expected.kl_divergence > 1e-3) == (form == "q1_0")
 
 
 def test_a_lossy_model_is_refused_with_numbers_and_a_way_out(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from support.vocabularies import TEXTS, byte_level_metadata, sentence_piece_meta
 
 from fbiedge.errors import CheckpointError
 from fbiedge.exporters.gguf.metadata import add_metadata
-from fbiedge.exporters.gguf.plan import GgufOptions
 from fbiedge.exporters.gguf.provenance import Provenance
+from fbiedge.exporters.gguf.storage import GgufOptions
 from fbiedge.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from fbiedge.exporters.gguf.writer import write_model
 from fbiedge.gguf_file import GgufFile
