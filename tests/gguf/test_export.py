@@ -93,10 +93,11 @@ def test_rope_scaling_is_llama_cpps(tmp_path: Path, scaling: RopeScaling) -> Non
     assert relative(llama_cpp_logits(report), expected_logits(weights)) < 1e-4
 
 
-def test_rope_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
-    scaling = RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=0.7)
+@pytest.mark.parametrize("change", [{"attention_factor": 0.7}, {"beta_fast": 16.0}, {"truncate": False}])
+def test_rope_that_llama_cpp_does_not_have(tmp_path: Path, change: dict[str, Any]) -> None:
+    scaling = RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=32, **change)
     weights = gguf_checkpoint(tmp_path / "in", gguf_config("none", rope_scaling=scaling))
-    with raises_line(CheckpointError, "RoPE of type 'yarn' with an attention_factor"):
+    with raises_line(CheckpointError, "llama.cpp has no RoPE of type 'yarn' with"):
         export_gguf(weights, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
