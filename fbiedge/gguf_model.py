@@ -1,7 +1,7 @@
 """A GGUF file as a model: its config, and what travels in it, under the names that a model.onnx of ours uses.
 
-Only what llama.cpp calls `llama` and `qwen3`, and of these only what this project computes: what a file asks for beyond
-(experts, a scale of its own for attention, layers of different shapes) is refused by its key, and never left out.
+Only what llama.cpp calls `llama` and `qwen3`, and of these only what this project computes: what llama.cpp would compute
+beyond (experts, another size of RoPE's cos and sin, layers of different shapes) is refused by its key, and never left out.
 """
 
 from __future__ import annotations
@@ -43,15 +43,13 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# Keys below the architecture's that change what is computed, with the value that changes nothing.
+# Keys below the architecture's that change what llama.cpp computes, with the value that changes nothing. A GGUF means
+# what llama.cpp computes, else chat and the import of one file were two models: so what it ignores in these architectures
+# (0.3.36 of llama-cpp-python: attention.scale, rope.scaling.alpha, rope.scaling.yarn_*) is ignored here too.
 _NEUTRAL = {
     "expert_count": 0,
-    "attention.scale": 0.0,
     "attention.causal": True,
-    "rope.scaling.alpha": 0.0,
     "rope.scaling.attn_factor": 1.0,
-    "rope.scaling.yarn_ext_factor": 1.0,
-    "rope.scaling.yarn_log_multiplier": 0.0,
 }
 _METADATA_KEYS = {
     "tokenizer.json": "tokenizer",
@@ -208,8 +206,8 @@ class _Hyperparameters:
                 original_max_position_embeddings=self.count(
                     "rope.scaling.original_context_length", self.count("context_length")
                 ),
-                beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
-                beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
+                beta_fast=32.0,  # whatever the file says, see _NEUTRAL
+                beta_slow=1.0,
             )
         if divisors:
             return RopeScaling(rope_type="factors", factors=tuple(factor * divisor for divisor in divisors))
@@ -223,6 +221,10 @@ class _Hyperparameters:
         tensor = self.file.tensors.get(ROPE_FACTORS)
         if tensor is None:
             return []
+        if self.architecture != "llama":
+            raise ModelFileError(
+                f"the file has {ROPE_FACTORS}, which llama.cpp takes in a llama alone; convert it again"
+            )
         if tensor.shape != (head_dim // 2,):
             raise ModelFileError(f"{ROPE_FACTORS} has shape {tensor.shape}, expected {(head_dim // 2,)}")
         divisors: list[float] = dequantize(tensor, self.file.data(ROPE_FACTORS)).tolist()

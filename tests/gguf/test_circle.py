@@ -17,6 +17,8 @@ from fbiedge.exporters.gguf import export_gguf, open_gguf
 from fbiedge.exporters.onnx import export_onnx
 from fbiedge.llama_cpp_session import LlamaCppSession
 from fbiedge.model_file import ModelFile
+from fbiedge.reference import Reference
+from fbiedge.rope import RopeScaling
 from fbiedge.session import Session
 from fbiedge.weights import Weights
 
@@ -75,3 +77,32 @@ def test_a_qwen_of_1_bit(tmp_path: Path) -> None:
     assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).all()
     of_8_bits = LlamaCppSession.open(one_bit, threads=1).all_logits(ids)
     assert np.corrcoef(ours.ravel(), of_8_bits.ravel())[0, 1] > 0.9995
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "attention.scale",
+        *(
+            f"rope.scaling.yarn_{part}"
+            for part in ("beta_fast", "beta_slow", "ext_factor", "attn_factor", "log_multiplier")
+        ),
+        "rope.scaling.alpha",
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_keys_that_llama_cpp_ignores_change_nothing(model_type: Any, key: str, tmp_path: Path) -> None:
+    """Chat runs the file, the import converts it: they must be one model, also beyond the original context."""
+    yarn = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+    config = small_config("none", model_type=model_type, head_dim=32, rope_scaling=yarn, num_hidden_layers=1)
+    dense = dense_tensors(config)
+    for name in dense:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            dense[name] *= 4  # attention that looks at positions
+    metadata = model_metadata(config) | {f"{model_type}.{key}": 1.5 if key.endswith("beta_fast") else 0.5}
+    path = write_gguf(tmp_path / "model.gguf", metadata, model_tensors(config, dense))
+
+    ids = np.random.default_rng(1).integers(0, 80, 60).tolist()
+    ours = Reference(open_gguf(path)).logits(ids)
+    theirs = LlamaCppSession.open(path, threads=1).all_logits(ids)
+    np.testing.assert_allclose(ours, theirs, atol=3e-3 * np.abs(theirs).max())  # their keys and values are fp16

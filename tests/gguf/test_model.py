@@ -121,6 +121,12 @@ def test_unusable_tensors(path: Path) -> None:
             config_from_gguf(file)
 
 
+def test_llama_cpp_takes_no_divisors_of_a_qwen(path: Path) -> None:
+    file = written(path, small_config(**QWEN), **{"rope_freqs.weight": np.ones(16, np.float32)})
+    with raises_line(ModelFileError, str(path), "rope_freqs.weight", "in a llama alone"):
+        config_from_gguf(file)
+
+
 def test_every_tensor_has_a_name() -> None:
     names = expected_shapes(small_config(scaling_pattern="none", **{**QWEN, "tie_word_embeddings": False}))
     assert len({gguf_name(name) for name in names}) == len(names)
