@@ -9,6 +9,7 @@ cost.py                      what was lost
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fbiedge.config import ModelConfig
-from fbiedge.errors import OutputError, UsageError
+from fbiedge.errors import ModelFileError, OutputError, UsageError
 from fbiedge.files import atomic_files, real_target, require_utf8
+from fbiedge.gguf_file import GgufFile
 from fbiedge.gguf_model import adapter_path
 from fbiedge.weights import Weights
 
@@ -87,7 +89,9 @@ def export_gguf(
     out, config = Path(out), weights.config
     require_utf8(out, OutputError)
     out = real_target(out, "a file") if out.is_symlink() else out  # the adapter lies beside the file itself
+    beta = adapter_path(out)
     _refuse_source(weights, out)
+    _refuse_foreign(beta)
     options = GgufOptions(embedding=embedding, head=head)
     check_shapes(config, options)
     check_sidecars(weights.files)
@@ -103,9 +107,7 @@ def export_gguf(
     tensors = list(plan_tensors(weights, model, options, adapter, losses))
     _require_room(out, sum(tensor.spec.nbytes for tensor in tensors))
     provenance = provenance or Provenance()
-    beta = adapter_path(out)
     adapter_bytes = 0
-    real_target(beta, "a file")
     with atomic_files(out) as path:
         sha256 = write_model(
             path,
@@ -122,6 +124,7 @@ def export_gguf(
         if expected is not None and costs is not None and is_resident(weights):
             cost = expected.check_in_llama_cpp(path, costs.with_adapter.kl_divergence)
             costs = replace(costs, in_llama_cpp=cost)
+        _refuse_foreign(beta)  # it may have come meanwhile
     if not adapter:
         with suppress(OSError):
             beta.unlink()  # what an earlier export of this name left
@@ -221,6 +224,21 @@ def _refuse_source(weights: Weights, out: Path) -> None:
     for target in (out, adapter_path(out)):
         if any(target.exists() and target.samefile(source) for source in getattr(weights, "paths", ())):
             raise UsageError(f"{target} belongs to the model that is exported; choose another name for the output")
+
+
+def _refuse_foreign(beta: Path) -> None:
+    """The adapter's place is taken only from an adapter of ours: the user named another file, so this one may be anything."""
+    if not os.path.lexists(beta):
+        return
+    real_target(beta, "a file")
+    try:
+        metadata = GgufFile.open(beta).metadata
+    except ModelFileError:
+        metadata = {}
+    if metadata.get("general.type") != "adapter" or "fbiedge.beta_of" not in metadata:
+        raise OutputError(
+            f"{beta} lies where the adapter goes and isn't one of ours; move it, or choose another name for the output"
+        )
 
 
 def _require_room(target: Path, needed: int) -> None:

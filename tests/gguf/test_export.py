@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.errors import raises_line
 from support.gguf_checkpoints import FILES, IDS, gguf_checkpoint, gguf_config, relative
+from support.gguf_files import write_gguf
 from support.stock_llama_cpp import StockLlamaCpp
 
 from fbiedge.errors import CheckpointError, OutputError, UsageError
@@ -234,6 +235,35 @@ def test_a_new_model_without_beta_takes_the_old_adapter_away(tmp_path: Path) -> 
     assert adapter_path(target).exists()
     report = export_gguf(gguf_checkpoint(tmp_path / "b", gguf_config("block")), target)
     assert report.adapter is None and not adapter_path(target).exists()
+
+
+@pytest.mark.parametrize("pattern", ["column", "block"])
+@pytest.mark.parametrize("kind", ["text", "model", "lora", "dangling link"])
+def test_what_is_no_adapter_of_ours_stays(tmp_path: Path, pattern: Any, kind: str) -> None:
+    """Whether the new model has an adapter or not."""
+    target, beta = tmp_path / "model.gguf", tmp_path / "model.beta.gguf"
+    if kind == "text":
+        beta.write_text("notes")
+    elif kind == "dangling link":
+        beta.symlink_to(tmp_path / "elsewhere")
+    else:
+        write_gguf(beta, {"general.architecture": "llama", "general.type": "adapter" if kind == "lora" else "model"})
+    before = beta.lstat()
+    with raises_line(
+        OutputError, f"{beta} lies where the adapter goes and isn't one of ours; move it, or choose another"
+    ):
+        export_gguf(gguf_checkpoint(tmp_path / "in", gguf_config(pattern)), target)
+    assert beta.lstat() == before and sorted(path.name for path in tmp_path.iterdir()) == ["in", "model.beta.gguf"]
+
+
+def test_a_file_that_comes_while_the_export_runs_stays(tmp_path: Path) -> None:
+    beta = tmp_path / "model.beta.gguf"
+    with raises_line(OutputError, "lies where the adapter goes"):
+        export_gguf(
+            gguf_checkpoint(tmp_path / "in", gguf_config()), tmp_path / "model.gguf",
+            progress=lambda *_: None if beta.exists() else beta.write_text("notes") and None,
+        )  # fmt: skip
+    assert beta.read_text() == "notes" and not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize("fails", ["adapter", "tensor", "interrupt"])
