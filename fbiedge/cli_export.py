@@ -66,6 +66,7 @@ def export(
 ) -> None:
     """Export a model to ONNX or GGUF, check it against the reference, and print what was lost."""
     from . import tables, terminal
+    from .engines import is_gguf
 
     kind = to or ("gguf" if output.suffix == ".gguf" else "onnx")
     if kind not in FORMATS:
@@ -81,7 +82,7 @@ def export(
         if value is not None:
             other = "onnx" if kind == "gguf" else "gguf"
             raise UsageError(f"--{option} is for --to {other}, and this goes to {kind}; leave it out")
-    if kind == "gguf" and source.suffix == ".gguf":
+    if kind == "gguf" and is_gguf(source):
         raise UsageError(f"{source} is a GGUF already; give a checkpoint or a model.onnx, or export it with --to onnx")
     text = read_text(verify_text) if verify_text else None
     calibration = read_text(calibration_text) if calibration_text else None
@@ -117,13 +118,14 @@ def export(
 
 def _open(source: Path, brought: dict[str, str]) -> Any:
     """The weights of any source, with the files that the user brings."""
+    from .engines import is_gguf
     from .weights import open_checkpoint
 
     weights: Any
     with extra("export"):
         if source.suffix == ".onnx":  # goes the same way again, to change the form of its head, say
             weights = importlib.import_module("fbiedge.exporters.onnx").open_onnx(source)
-        elif source.suffix == ".gguf":
+        elif is_gguf(source):
             weights = importlib.import_module("fbiedge.exporters.gguf.reader").open_gguf(source)
         else:
             weights = open_checkpoint(source)

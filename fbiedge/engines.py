@@ -30,7 +30,7 @@ _RESIDENT_LIMIT_BYTES = 2 * 1000**3
 
 def is_gguf(path: Path) -> bool:
     """By its name or, whatever its name, by its first bytes."""
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return True
     try:
         with path.open("rb") as file:

@@ -51,6 +51,7 @@ _NEUTRAL = {
     "attention.causal": True,
     "rope.scaling.attn_factor": 1.0,
 }
+_WITH_ADAPTER = ("column", "row", "single")  # values of fbiedge.scaling_pattern
 _METADATA_KEYS = {
     "tokenizer.json": "tokenizer",
     "tokenizer_config.json": "tokenizer_config",
@@ -69,14 +70,19 @@ def gguf_name(name: str) -> str:
 
 
 def adapter_path(model: Path) -> Path:
-    """Where the adapter of a model lies: model.gguf -> model.beta.gguf."""
-    return model.with_name(f"{model.name.removesuffix('.gguf')}.beta.gguf")
+    """Where the adapter of a model lies: model.gguf -> model.beta.gguf, in upper case too, and model.bin -> model.bin.beta.gguf."""
+    stem = model.stem if model.suffix.lower() == ".gguf" else model.name
+    return model.with_name(f"{stem}.beta.gguf")
 
 
 def find_adapter(file: GgufFile) -> Path | None:
-    """The adapter beside the model `file`, None where none is. Raises ModelFileError for one of another model."""
-    path = adapter_path(file.path)
-    if not path.is_file():
+    """The adapter of the model `file`: beside the name that it was opened by, else beside what that is a link to.
+
+    None where none is. Raises ModelFileError for one of another model.
+    """
+    places = adapter_path(file.path), adapter_path(file.path.resolve())
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         return None
     wanted = metadata_value(file.metadata, "fbiedge.weights_sha256", str)
     stated = metadata_value(GgufFile.open(path).metadata, "fbiedge.beta_of", str)
@@ -85,6 +91,14 @@ def find_adapter(file: GgufFile) -> Path | None:
             f"{path} lies beside {file.path.name} but was not made for it; move it away, or export the model again"
         )
     return path
+
+
+def missing_adapter(file: GgufFile, adapter: Path | None) -> str | None:
+    """In words, that our exporter wrote an adapter with the model `file`, but there is no `adapter`."""
+    stated = metadata_value(file.metadata, "fbiedge.scaling_pattern", str)
+    if adapter is not None or stated not in _WITH_ADAPTER:
+        return None
+    return f"its offsets ({adapter_path(file.path).name} beside it) are missing"
 
 
 def open_gguf_model(source: Path | GgufFile) -> ModelFile:

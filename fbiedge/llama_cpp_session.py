@@ -20,8 +20,8 @@ import numpy.typing as npt
 from .cached_session import CHUNK, CachedSession, check_context, threads_to_use
 from .config import ModelConfig
 from .errors import ModelFileError, UsageError
-from .gguf_file import GgufFile, metadata_value
-from .gguf_model import adapter_path, find_adapter, open_gguf_model
+from .gguf_file import GgufFile
+from .gguf_model import find_adapter, missing_adapter, open_gguf_model
 from .kv_cache import Precision, cache_bytes
 from .llama_cpp_checks import check_adapter, check_for_llama_cpp
 from .llama_cpp_library import Llama
@@ -68,10 +68,11 @@ class LlamaCppSession(CachedSession):
             check_adapter(GgufFile.open(adapter))
             llama.load_adapter(adapter)
         llama.open_context(capacity, CHUNK, threads)
+        missing = missing_adapter(file, adapter)
         return cls(
             model, llama, capacity=capacity, threads=threads,
             description=f"llama.cpp ({llama.version}), {layer_types(file)} layers{f' with {adapter.name}' if adapter else ''}",
-            warning=_missing_adapter(file, adapter),
+            warning=f"{path.name}: {missing}; without them the model answers worse" if missing else None,
         )  # fmt: skip
 
     @property
@@ -96,16 +97,6 @@ class LlamaCppSession(CachedSession):
         rows = self._llama.decode(ids, every=keep > 1)
         self._tokens.extend(ids)  # last, and in one step: Ctrl-C may come anywhere before it
         return rows
-
-
-def _missing_adapter(file: GgufFile, adapter: Path | None) -> str | None:
-    """A warning where our exporter wrote an adapter beside the model, and it isn't there."""
-    if adapter or metadata_value(file.metadata, "fbiedge.scaling_pattern", str) not in ("column", "row", "single"):
-        return None
-    return (
-        f"{file.path.name} was exported with {adapter_path(file.path).name}, which isn't beside it; without these offsets "
-        "the model answers worse"
-    )
 
 
 def layer_types(file: GgufFile) -> str:

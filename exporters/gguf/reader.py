@@ -23,11 +23,11 @@ from fbiedge.errors import ModelFileError
 from fbiedge.gguf_file import GgufFile, metadata_value
 from fbiedge.gguf_model import (
     ROPE_FACTORS,
-    adapter_path,
     config_from_gguf,
     files_from_gguf,
     find_adapter,
     gguf_name,
+    missing_adapter,
 )
 from fbiedge.gguf_tensors import dequantize, q1_0_bits, q1_0_scales, require_readable
 from fbiedge.weights import BinaryLinear, expected_shapes
@@ -61,9 +61,8 @@ def open_gguf(path: Path) -> GgufWeights:
         beside = GgufFile.open(path_beside)
         adapter = Adapter.of(beside, {gguf_name(name): shape for name, shape in stored.items() if "_proj." in name})
         config = replace(config, scaling_pattern=_pattern_with_adapter(file, beside))
-    elif metadata_value(file.metadata, "fbiedge.scaling_pattern", str) in _WITH_ADAPTER:
-        name = adapter_path(file.path).name
-        raise ModelFileError(f"{file.path} was exported with {name}, which isn't beside it; copy it along")
+    elif missing := missing_adapter(file, path_beside):
+        raise ModelFileError(f"{file.path}: {missing}; copy them along")
     return GgufWeights(config=config, files=files, file=file, adapter=adapter)
 
 

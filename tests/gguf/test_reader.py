@@ -214,3 +214,18 @@ def test_a_model_that_was_read_can_be_written_again(tmp_path: Path) -> None:
     again = open_gguf(tmp_path / "again.gguf")
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         np.testing.assert_array_equal(dense(again, name), dense(back, name))
+
+
+def test_the_writer_and_the_reader_agree_where_the_adapter_lies(tmp_path: Path) -> None:
+    weights = gguf_checkpoint(tmp_path / "checkpoint", gguf_config("row"))
+    report = export_gguf(weights, tmp_path / "UP.GGUF", embedding="f32", head="f32")
+    assert report.adapter == tmp_path / "UP.beta.gguf"
+    assert open_gguf(tmp_path / "UP.GGUF").config.scaling_pattern == "row"
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "model.gguf"
+    try:
+        link.symlink_to(tmp_path / "UP.GGUF")
+    except OSError as error:
+        pytest.skip(f"no symbolic links here: {error}")
+    adapter = export_gguf(weights, link, embedding="f32", head="f32").adapter
+    assert adapter == tmp_path / "UP.beta.gguf" and adapter in open_gguf(link).paths

@@ -136,7 +136,7 @@ def test_unusable_adapter(edit: Edit, parts: tuple[str, ...], path: Path) -> Non
 
 def test_adapter_that_was_left_behind(path: Path) -> None:
     adapted(path).with_name("model.beta.gguf").unlink()
-    refused(path, "was exported with model.beta.gguf", "copy it along")
+    refused(path, "its offsets (model.beta.gguf beside it) are missing", "copy them along")
 
 
 def test_adapter_of_a_lossy_export(path: Path) -> None:

@@ -333,6 +333,10 @@ def test_a_gguf_by_any_name_is_one(fbiedge: Run, model: Path, tmp_path: Path) ->
     assert is_gguf(named) and not is_gguf(tmp_path) and not is_gguf(tmp_path / "absent")
     arguments = ["-p", "Hello", "--max-tokens", 5, *GREEDY]
     assert fbiedge("generate", named, *arguments)[1] == fbiedge("generate", model, *arguments)[1]
+    code, _, err = fbiedge("export", named, "-o", tmp_path / "model.onnx")
+    assert (code, err) == (0, ""), err
+    assert fbiedge("verify", named, tmp_path / "model.onnx", "--max-kl", 0.1, "--min-agreement", 0.5, *ONE)[0] == 0
+    assert "is a GGUF already" in one_error_line(fbiedge("export", named, "-o", tmp_path / "again.gguf"))
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "bench"])
@@ -363,7 +367,7 @@ def test_an_adapter_that_was_left_behind(fbiedge: Run, tmp_path: Path) -> None:
     ):
         code, _, err = fbiedge(*arguments, *ONE)
         assert code == 0
-        assert err.startswith("warning: model.gguf was exported with model.beta.gguf, which isn't beside it")
+        assert err.startswith("warning: model.gguf: its offsets (model.beta.gguf beside it) are missing; without them")
     tiny_adapter(tmp_path / "model.beta.gguf")
     assert "warning" not in fbiedge("generate", model, "-p", "a", "--max-tokens", 1, *ONE)[2]
 

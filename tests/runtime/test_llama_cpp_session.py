@@ -17,6 +17,7 @@ from support.tiny_gguf import HASH, byte_vocabulary, gguf_tensors, tiny_adapter,
 from fbiedge import llama_cpp_library, llama_cpp_session
 from fbiedge.config import ModelConfig
 from fbiedge.cpu import default_threads
+from fbiedge.engines import is_gguf
 from fbiedge.errors import ModelFileError, UsageError
 from fbiedge.gguf_file import GgufFile
 from fbiedge.gguf_model import adapter_path, find_adapter
@@ -213,6 +214,39 @@ def test_the_adapter_is_loaded(tmp_path: Path) -> None:
     expected = Reference(weights).logits(IDS[:40])  # type: ignore[arg-type]
     assert compare_logits(expected, got).kl_divergence < 1e-4
     assert compare_logits(expected, without).kl_divergence > 0.01
+
+
+def linked(link: Path, target: Path) -> Path:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(target)
+    except OSError as error:
+        pytest.skip(f"no symbolic links here: {error}")
+    return link
+
+
+def test_the_adapter_of_a_linked_model(tmp_path: Path) -> None:
+    """Beside the given name, as in the cache of Hugging Face, whose files have hashes for names; else beside the file."""
+    path = tiny_gguf(tmp_path, metadata={"fbiedge.weights_sha256": HASH, "fbiedge.scaling_pattern": "row"})
+    adapter = tiny_adapter(tmp_path / "model.beta.gguf")
+    elsewhere = linked(tmp_path / "links" / "other.gguf", path)
+    assert find_adapter(GgufFile.open(elsewhere)) == adapter
+    assert LlamaCppSession.open(elsewhere).warning is None
+    (tmp_path / "blobs").mkdir()
+    snapshot = linked(tmp_path / "snapshots" / "x" / "model.gguf", path.rename(tmp_path / "blobs" / "aaa"))
+    beside = linked(snapshot.with_name("model.beta.gguf"), adapter.rename(tmp_path / "blobs" / "bbb"))
+    assert find_adapter(GgufFile.open(snapshot)) == beside
+    assert LlamaCppSession.open(snapshot).description.endswith("with model.beta.gguf")
+    beside.unlink()
+    assert "its offsets (model.beta.gguf beside it) are missing" in str(LlamaCppSession.open(snapshot).warning)
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("UP.GGUF", "UP.beta.gguf"), ("renamed.bin", "renamed.bin.beta.gguf")])
+def test_the_adapter_by_names_of_other_kinds(name: str, adapter: str, tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, metadata={"fbiedge.weights_sha256": HASH}).rename(tmp_path / name)
+    assert is_gguf(path) and find_adapter(GgufFile.open(path)) is None
+    tiny_adapter(tmp_path / adapter)
+    assert LlamaCppSession.open(path).description.endswith(f"with {adapter}")
 
 
 @pytest.mark.parametrize("stated", ["1" * 64, None])
