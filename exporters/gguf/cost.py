@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fbiedge.errors import OutputError, UsageError
+from fbiedge.errors import ModelFileError, OutputError, UsageError
 from fbiedge.llama_cpp_library import load_library
 from fbiedge.llama_cpp_session import LlamaCppSession
 from fbiedge.metrics import ComparisonSum, token_losses
@@ -83,19 +83,20 @@ class Expected:
             without_adapter=costs[1] if has_adapter else None,
         )
 
-    def check_in_llama_cpp(self, path: Path, allowed_kl: float) -> Cost | None:
-        """Of the finished file, None where llama.cpp isn't installed. Raises OutputError where it computes another model."""
+    def check_in_llama_cpp(self, path: Path, allowed_kl: float, *, shown_as: Path) -> Cost | None:
+        """Of the finished file, None where llama.cpp isn't installed.
+
+        Raises OutputError where it refuses the file or computes another model; `shown_as` is the name that a user knows.
+        """
         try:
             load_library()
         except UsageError:
             return None
-        session = LlamaCppSession.open(path)
-        got: list[npt.NDArray[np.float32]] = []
-        start = 0
-        for window in self._logits:
-            session.truncate(0)
-            got.append(session.all_logits(self.ids[start : start + len(window)]))
-            start += len(window)
+        try:
+            got = self._in_llama_cpp(path)
+        except (ModelFileError, UsageError) as error:
+            reason = str(error).replace(str(path.parent / path.stem), str(shown_as.with_suffix("")))
+            raise OutputError(f"llama.cpp refuses the export, and it was dropped: {reason}") from error
         cost = _cost(self._logits, got, self.ids)
         if not (cost.kl_divergence <= allowed_kl + _WRONG_ABOVE_NATS and isfinite(cost.max_logit_error)):
             raise OutputError(
@@ -103,6 +104,16 @@ class Expected:
                 f"nats, expected at most {allowed_kl:.3g} and what rounding inputs to 8 bits costs"
             )
         return cost
+
+    def _in_llama_cpp(self, path: Path) -> list[npt.NDArray[np.float32]]:
+        session = LlamaCppSession.open(path, context=max(map(len, self._logits)))
+        got: list[npt.NDArray[np.float32]] = []
+        start = 0
+        for window in self._logits:
+            session.truncate(0)
+            got.append(session.all_logits(self.ids[start : start + len(window)]))
+            start += len(window)
+        return got
 
 
 def _logits(weights: Weights, ids: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:

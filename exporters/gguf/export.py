@@ -35,7 +35,7 @@ from .cost import Costs, Expected, is_resident
 from .fit import TOKENS_AN_INPUT, Fit, fit_linear, record_inputs, rms
 from .fold import INPUT_OF, LayerFold, column_fold
 from .folded import FoldedModel
-from .metadata import add_metadata
+from .metadata import add_metadata, check_rope
 from .plan import Losses, check_shapes, matrix_parameters, plan_tensors
 from .provenance import Provenance
 from .storage import GgufOptions, Storage
@@ -82,7 +82,7 @@ def export_gguf(
     """Write `weights` as a GGUF that stock llama.cpp runs, replacing older files, holding about one tensor in memory.
 
     Scales that don't fold are fitted to `calibration_ids` and, without `allow_lossy`, refused; the loss is measured on
-    `verify_ids`. Raises UsageError (an option, a lossy export, an output that is the source), CheckpointError (shapes or
+    `verify_ids`. Raises UsageError (an option, a lossy export, an output that is the source), CheckpointError (shapes, RoPE or
     a tokenizer that GGUF can't hold) or OutputError (disk full, no permission); then nothing new is left at `out`.
     """
     started = time.perf_counter()
@@ -94,6 +94,7 @@ def export_gguf(
     _refuse_foreign(beta)
     options = GgufOptions(embedding=embedding, head=head)
     check_shapes(config, options)
+    check_rope(config)
     check_sidecars(weights.files)
     vocabulary = read_vocabulary(config, weights.files)
     model, errors, fit_tokens = _fold(weights, calibration_ids)
@@ -122,7 +123,7 @@ def export_gguf(
             adapter_bytes = adapter.write(path.with_name(beta.name), config.model_type, provenance.name, sha256)
         model_bytes = path.stat().st_size
         if expected is not None and costs is not None and is_resident(weights):
-            cost = expected.check_in_llama_cpp(path, costs.with_adapter.kl_divergence)
+            cost = expected.check_in_llama_cpp(path, costs.with_adapter.kl_divergence, shown_as=out)
             costs = replace(costs, in_llama_cpp=cost)
         _refuse_foreign(beta)  # it may have come meanwhile
     if not adapter:

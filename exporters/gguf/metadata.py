@@ -14,6 +14,8 @@ fbiedge.recipe                how the model was trained, where the exporter was 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import isclose
 from typing import Any
 
 import gguf  # noqa: TID253
@@ -54,7 +56,7 @@ def add_metadata(
     *,
     exact: bool,
 ) -> None:
-    """All pairs; the hash is a placeholder of its length. Raises CheckpointError for RoPE that llama.cpp doesn't have."""
+    """All pairs, of a config that check_rope lets pass; the hash is a placeholder of its length."""
     binary = config.scaling_pattern != "none"
     # 1. What it is.
     writer.add_type("model")
@@ -96,17 +98,31 @@ def add_metadata(
     writer.add_string(HASH_KEY, HASH_PLACEHOLDER)
 
 
+def check_rope(config: ModelConfig) -> None:
+    """Raises CheckpointError for RoPE that llama.cpp doesn't have, whatever a file says (see fbiedge.rope)."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    if config.model_type != "llama" and scaling.rope_type in ("llama3", "factors"):
+        raise CheckpointError(
+            f"config: llama.cpp has RoPE of type {scaling.rope_type!r} for models of type 'llama' only, and this one is "
+            f"{config.model_type!r}; export it to ONNX"
+        )
+    ramp = (scaling.beta_fast, scaling.beta_slow) if scaling.rope_type == "yarn" else _YARN_RAMP
+    computed = replace(scaling, attention_factor=None).magnitude
+    if not isclose(scaling.magnitude, computed, rel_tol=1e-6) or not scaling.truncate or ramp != _YARN_RAMP:
+        raise CheckpointError(
+            f"config: llama.cpp has no RoPE of type {scaling.rope_type!r} with an attention_factor other than "
+            f"{computed:.6g}, other betas than {_YARN_RAMP[0]:g} and {_YARN_RAMP[1]:g}, or without truncate; export it to "
+            "ONNX"
+        )
+
+
 def _add_rope_scaling(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     """llama3 and factors travel as the tensor rope_freqs.weight."""
     scaling = config.rope_scaling
     if scaling is None:
         return
-    ramp = (scaling.beta_fast, scaling.beta_slow) if scaling.rope_type == "yarn" else _YARN_RAMP
-    if scaling.attention_factor not in (None, 1.0) or not scaling.truncate or ramp != _YARN_RAMP:
-        raise CheckpointError(
-            f"config: llama.cpp has no RoPE of type {scaling.rope_type!r} with an attention_factor of its own, other betas "
-            f"than {_YARN_RAMP[0]:g} and {_YARN_RAMP[1]:g}, or without truncate"
-        )
     if scaling.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling.factor)

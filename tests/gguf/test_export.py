@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from support.gguf_checkpoints import FILES, IDS, gguf_checkpoint, gguf_config, r
 from support.gguf_files import write_gguf
 from support.stock_llama_cpp import StockLlamaCpp
 
-from fbiedge.errors import CheckpointError, OutputError, UsageError
+from fbiedge.errors import CheckpointError, ModelFileError, OutputError, UsageError
 from fbiedge.exporters.gguf import GgufReport, Provenance, adapter_path, export_gguf, open_gguf
 from fbiedge.exporters.gguf.export import binary_bits
 from fbiedge.exporters.gguf.fold import column_fold
@@ -84,6 +85,9 @@ def test_without_its_8_bits_llama_cpp_is_near(tmp_path: Path, model_type: Any) -
     [
         RopeScaling(rope_type="linear", factor=2.0),
         RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=32),
+        RopeScaling(
+            rope_type="yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1 + 0.1 * math.log(2)
+        ),  # the default, spelt out
         RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=16),
         RopeScaling(rope_type="factors", factors=tuple(1.0 + i / 4 for i in range(16))),
     ],
@@ -94,11 +98,29 @@ def test_rope_scaling_is_llama_cpps(tmp_path: Path, scaling: RopeScaling) -> Non
     assert relative(llama_cpp_logits(report), expected_logits(weights)) < 1e-4
 
 
-@pytest.mark.parametrize("change", [{"attention_factor": 0.7}, {"beta_fast": 16.0}, {"truncate": False}])
+@pytest.mark.parametrize(
+    "change", [{"attention_factor": 0.7}, {"attention_factor": 1.0}, {"beta_fast": 16.0}, {"truncate": False}]
+)
 def test_rope_that_llama_cpp_does_not_have(tmp_path: Path, change: dict[str, Any]) -> None:
     scaling = RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=32, **change)
     weights = gguf_checkpoint(tmp_path / "in", gguf_config("none", rope_scaling=scaling))
     with raises_line(CheckpointError, "llama.cpp has no RoPE of type 'yarn' with"):
+        export_gguf(weights, tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=16),
+        RopeScaling(rope_type="factors", factors=tuple(1.0 + i / 4 for i in range(16))),
+    ],
+)
+def test_divisors_that_llama_cpp_does_not_read(tmp_path: Path, scaling: RopeScaling) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config("none", model_type="qwen3", rope_scaling=scaling))
+    with raises_line(
+        CheckpointError, f"llama.cpp has RoPE of type '{scaling.rope_type}' for models of type 'llama' only"
+    ):
         export_gguf(weights, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -248,12 +270,12 @@ def test_what_is_no_adapter_of_ours_stays(tmp_path: Path, pattern: Any, kind: st
         beta.symlink_to(tmp_path / "elsewhere")
     else:
         write_gguf(beta, {"general.architecture": "llama", "general.type": "adapter" if kind == "lora" else "model"})
-    before = beta.lstat()
+    before = beta.lstat().st_ino
     with raises_line(
         OutputError, f"{beta} lies where the adapter goes and isn't one of ours; move it, or choose another"
     ):
         export_gguf(gguf_checkpoint(tmp_path / "in", gguf_config(pattern)), target)
-    assert beta.lstat() == before and sorted(path.name for path in tmp_path.iterdir()) == ["in", "model.beta.gguf"]
+    assert beta.lstat().st_ino == before and sorted(path.name for path in tmp_path.iterdir()) == ["in", "model.beta.gguf"]
 
 
 def test_a_file_that_comes_while_the_export_runs_stays(tmp_path: Path) -> None:
@@ -300,6 +322,23 @@ def test_an_export_that_comes_out_wrong_is_dropped(tmp_path: Path, monkeypatch: 
     weights = gguf_checkpoint(tmp_path / "in", gguf_config())
     with raises_line(OutputError, "the export came out wrong and was dropped: in llama.cpp its KL divergence is"):
         export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("kind", [ModelFileError, UsageError])
+def test_what_llama_cpp_refuses_is_named_as_the_user_did(
+    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the name that the file has for now."""
+    from fbiedge.exporters.gguf import cost
+
+    def refuse(path: Path, **_: object) -> Any:
+        raise kind(f"{adapter_path(path)} and {path} are wrong")
+
+    monkeypatch.setattr(cost.LlamaCppSession, "open", refuse)
+    out = tmp_path / "model.gguf"
+    with raises_line(OutputError, f"it was dropped: {adapter_path(out)} and {out} are wrong"):
+        export_gguf(gguf_checkpoint(tmp_path / "in", gguf_config()), out, verify_ids=IDS)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
