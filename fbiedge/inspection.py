@@ -5,7 +5,7 @@ From metadata and shapes alone: no weight is read, so a 7B model takes no longer
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,10 +68,17 @@ def inspect(path: Path) -> Inspection:
     """Inspect a model.onnx, a model.gguf or a checkpoint folder. Raises ModelFileError, CheckpointError."""
     path = Path(path)
     if is_checkpoint(path):
-        return _inspect_checkpoint(path)
-    if is_gguf(path):
-        return _inspect_gguf(path)
-    return _inspect_onnx(ModelFile.open(path))
+        found = _inspect_checkpoint(path)
+    elif is_gguf(path):
+        found = _inspect_gguf(path)
+    else:
+        found = _inspect_onnx(ModelFile.open(path))
+    return replace(found, properties={name: _printable(text) for name, text in found.properties.items()})
+
+
+def _printable(text: str) -> str:
+    """With escapes for what would end a line or talk to a terminal: files come from strangers."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _inspect_onnx(model: ModelFile) -> Inspection:
@@ -109,9 +116,12 @@ def _inspect_onnx(model: ModelFile) -> Inspection:
 
 
 def _inspect_gguf(path: Path) -> Inspection:
-    """From the header; an adapter beside the model counts among the files alone."""
+    """From the header; an adapter beside the model counts among the files alone.
+
+    Parameters are those of the model: what an FFN was padded by is none, and as everywhere RoPE's factors are none.
+    """
     from .gguf_file import GgufFile
-    from .gguf_model import find_adapter, open_gguf_model
+    from .gguf_model import find_adapter, gguf_name, missing_adapter, open_gguf_model
 
     file = GgufFile.open(path)
     model = open_gguf_model(file)
@@ -119,6 +129,15 @@ def _inspect_gguf(path: Path) -> Inspection:
     for tensor in file.tensors.values():
         tensors.setdefault(_gguf_group(tensor.name), []).append(tensor)
     adapter = find_adapter(file)
+    missing = missing_adapter(file, adapter)
+    true_shapes = {
+        gguf_name(f"model.layers.0.{name}.weight").removeprefix("blk.0."): shape
+        for name, shape in model.config.linear_shapes().items()
+    }
+
+    def parameters(tensor: GgufTensor) -> int:
+        return prod(true_shapes.get(tensor.name.split(".", 2)[-1], tensor.shape))
+
     return Inspection(
         path=path,
         kind="gguf",
@@ -127,7 +146,7 @@ def _inspect_gguf(path: Path) -> Inspection:
             Group(
                 group=group,
                 tensors=len(members),
-                parameters=sum(prod(tensor.shape) for tensor in members),
+                parameters=0 if group == "rope" else sum(map(parameters, members)),
                 bytes=sum(tensor.nbytes for tensor in members),
                 form=" and ".join(sorted({tensor.ggml_type for tensor in members})),
             )
@@ -141,6 +160,7 @@ def _inspect_gguf(path: Path) -> Inspection:
             "producer": str(file.metadata.get("fbiedge.producer", model.metadata["producer"])),
             "tokenizer": str(file.metadata.get("tokenizer.ggml.model")),
             "chat template": "yes" if "chat_template" in model.metadata else "no",
+            **({"warning": missing} if missing else {}),
         },
     )
 

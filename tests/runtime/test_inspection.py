@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from support.gguf_checkpoints import gguf_checkpoint, gguf_config
+from support.tiny_gguf import tiny_gguf
 from support.tiny_model import tiny_checkpoint, tiny_model
 
 from fbiedge.errors import CheckpointError, ModelFileError
+from fbiedge.exporters.gguf import export_gguf
 from fbiedge.inspection import inspect
+from fbiedge.tables import print_inspection
 
 
 def test_groups_add_up_to_the_initializers(plain_model: Path) -> None:
@@ -52,6 +56,27 @@ def test_a_binary_weight_takes_little_more_than_a_bit(tmp_path: Path) -> None:
     # Column scales: two float32 for each input, shared by N outputs.
     assert groups["mlp"].bits_per_weight == pytest.approx(1 + np.mean([64 / 512, 64 / 512, 64 / 256]))
     assert groups["head"].bits_per_weight == 32
+
+
+def test_a_gguf_has_the_parameters_of_what_it_was_made_of(tmp_path: Path) -> None:
+    """Its FFN of 200 is padded to 256, which are no weights; and its offsets may have been left behind."""
+    weights = gguf_checkpoint(tmp_path / "checkpoint", gguf_config())
+    export_gguf(weights, tmp_path / "model.gguf")
+    found, checkpoint = inspect(tmp_path / "model.gguf"), inspect(tmp_path / "checkpoint")
+    assert found.parameters == checkpoint.parameters
+    mlp = next(group for group in found.groups if group.group == "mlp")
+    assert mlp.bits_per_weight == pytest.approx(1.125 * 256 / 200)
+    assert "warning" not in found.properties and "model.beta.gguf" in found.files
+    (tmp_path / "model.beta.gguf").unlink()
+    warning = inspect(tmp_path / "model.gguf").properties["warning"]
+    assert warning == "its offsets (model.beta.gguf beside it) are missing"
+
+
+def test_a_name_that_talks_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspect(tiny_gguf(tmp_path, metadata={"general.name": "a\x1b[31mred\nend"}))
+    assert found.properties["name"] == r"a\x1b[31mred\nend"
+    print_inspection(found)
+    assert r"a\x1b[31mred\nend" in capsys.readouterr().out
 
 
 def test_unusable_inventory(plain_model: Path, tmp_path: Path) -> None:
