@@ -60,7 +60,7 @@ def _split(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def write_shard(documents: Iterable[str], tokenizer: Tokenizer, bos: int, eos: int, out: Path) -> int:
     """Tokenise documents into the shard `out`; returns its number of tokens."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    dtype = np.uint16 if max(bos, eos, *tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     total = 0
     with atomic_file(out) as temporary, open(temporary, "wb") as shard:
         for batch in _batched(documents, _ENCODE_BATCH):

@@ -82,7 +82,7 @@ def prepare_run(
 
     The tokenizer is the teacher's when there is one, else the starting checkpoint's, else the given tokenizer.json, else
     trained on `data`. A starting checkpoint's chat template and generation settings go on where none are given.
-    Raises UsageError for unusable texts, a tokenizer whose size is not the model's vocabulary, or a teacher or a starting
+    Raises UsageError for unusable texts, a tokenizer that doesn't fit the model's vocabulary, or a teacher or a starting
     checkpoint that doesn't fit.
     """
     check_trainable(plan.model)
@@ -178,11 +178,20 @@ def _choose_tokenizer(
         raise UsageError(f"{plan.init} has no tokenizer.json; name its tokenizer with --tokenizer")
     else:
         chosen = train_tokenizer(read_documents(data), plan.model.vocab_size, special_tokens)
-    if chosen.get_vocab_size() != plan.model.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {chosen.get_vocab_size()} pieces, the model's vocabulary {plan.model.vocab_size}"
-        )
+    _check_size(chosen, plan)
     return chosen
+
+
+def _check_size(tokenizer: Tokenizer, plan: RunPlan) -> None:
+    """Every id needs a row. A trained model may have rows without a token, as many published ones do; in a new one they
+    would be a mistake. Raises UsageError."""
+    ids, rows = tokenizer.get_vocab().values(), plan.model.vocab_size
+    trained = plan.init is not None or plan.teacher is not None
+    if max(ids) >= rows or (len(ids) < rows and not trained):
+        raise UsageError(
+            f"the tokenizer has {len(ids)} pieces with ids up to {max(ids)}, the model's vocabulary {rows}; "
+            + ("bring the tokenizer that it was trained with" if trained else f"add --vocab-size {max(ids) + 1}")
+        )
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

@@ -196,3 +196,37 @@ def test_a_start_without_a_tokenizer_takes_the_teachers_or_the_one_named(
     prepare_run(tmp_path / "b", plan, [text], [], teacher / "tokenizer.json")
     prepare_run(tmp_path / "c", dataclasses.replace(plan, teacher=str(teacher)), [text], [])
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "c" / "tokenizer.json").read_bytes()
+
+
+def test_rows_without_a_token_are_kept(text: Path, teacher: Path, tmp_path: Path) -> None:
+    """A vocabulary of 310 for a tokenizer of 300, whether it starts there, learns from it, or both."""
+    wide = tmp_path / "wide"
+    model = saved("none", wide, vocab_size=310)
+    shutil.copy(teacher / "tokenizer.json", wide)
+    small = training_config(steps=1)
+    for name, start, source in (("a", wide, None), ("b", None, wide), ("c", wide, wide)):
+        init, taught = (None if path is None else str(path) for path in (start, source))
+        plan = RunPlan(model=model_config("block", vocab_size=310), training=small, teacher=taught, init=init)
+        prepare_run(tmp_path / name, plan, [text], [])
+        list(execute_run(tmp_path / name))
+        assert open_checkpoint(tmp_path / name / "model").tensor("lm_head.weight").shape == model.lm_head.weight.shape
+
+
+def test_a_tokenizer_that_does_not_fit_says_what_would(text: Path, teacher: Path, tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow"
+    saved("none", narrow, vocab_size=290)
+    shutil.copy(teacher / "tokenizer.json", narrow)
+    for vocab, init, advice in (
+        (
+            290,
+            str(narrow),
+            "300 pieces with ids up to 299, the model's vocabulary 290; bring the tokenizer that it was",
+        ),
+        (290, None, "300 pieces with ids up to 299, the model's vocabulary 290; add --vocab-size 300"),
+        (310, None, "300 pieces with ids up to 299, the model's vocabulary 310; add --vocab-size 300"),
+    ):
+        plan = RunPlan(
+            model=model_config("none", vocab_size=vocab), training=training_config(), teacher=None, init=init
+        )
+        with pytest.raises(UsageError, match=advice):
+            prepare_run(tmp_path / "run", plan, [text], [], None if init else teacher / "tokenizer.json")
