@@ -8,6 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+_LOG: list[str] = []
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _keep_log(_level: int, text: bytes, _data: object) -> None:
+    """Of the module, because llama.cpp may call it until the process ends."""
+    _LOG.append(text.decode(errors="replace"))
+
 
 class StockLlamaCpp:
     """A GGUF model, with adapters as `llama.cpp --lora` takes them."""
@@ -16,23 +24,22 @@ class StockLlamaCpp:
         import llama_cpp
 
         self.api = llama_cpp
-        self._log: list[str] = []
-        self._logger = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(self._keep_log)
-        llama_cpp.llama_log_set(self._logger, ctypes.c_void_p(0))
+        _LOG.clear()
+        llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
-        assert self.model, f"llama.cpp refuses {model}: {self._log[-5:]}"
+        assert self.model, f"llama.cpp refuses {model}: {_LOG[-5:]}"
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = llama_cpp.llama_model_n_ctx_train(self.model)
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = 0  # F32: what is compared is the file
         parameters.flash_attn_type = 0
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
-        assert self.context, f"llama.cpp can't make a context: {self._log[-5:]}"
+        assert self.context, f"llama.cpp can't make a context: {_LOG[-5:]}"
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(self.vocab)
         loaded = [llama_cpp.llama_adapter_lora_init(self.model, str(path).encode()) for path in adapters]
-        assert all(loaded), f"llama.cpp refuses an adapter: {self._log[-5:]}"
+        assert all(loaded), f"llama.cpp refuses an adapter: {_LOG[-5:]}"
         if loaded:
             handles = (type(loaded[0]) * len(loaded))(*loaded)
             scales = (ctypes.c_float * len(loaded))(*[1.0] * len(loaded))
@@ -70,6 +77,3 @@ class StockLlamaCpp:
         """Free it."""
         self.api.llama_free(self.context)
         self.api.llama_model_free(self.model)
-
-    def _keep_log(self, level: int, text: bytes, _data: object) -> None:
-        self._log.append(text.decode(errors="replace"))
