@@ -18,6 +18,11 @@ from .errors import UsageError
 from .evaluation import CHUNK, WINDOW, Progress, cut, encode, finite, perplexity_of
 from .metrics import ComparisonSum, token_losses
 
+_ROUNDED_INPUTS = (
+    "llama.cpp rounds the inputs of Q1_0 layers to 8 bits, which on an untrained (random) model costs more than the "
+    "default bounds; --max-kl and --min-agreement set others"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -61,6 +66,11 @@ class Verification:
             found.append(f"top-1 agreement {self.top1_agreement:.4f} is below --min-agreement {bounds.min_agreement:g}")
         return tuple(found)
 
+    @property
+    def inputs_are_rounded(self) -> bool:
+        """Whether one of the two is llama.cpp with 1-bit layers, going by the words of its description."""
+        return any("llama.cpp" in engine and "Q1_0" in engine for engine in (self.engine_a, self.engine_b))
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         numbers = {key: finite(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
@@ -76,6 +86,7 @@ class Verification:
             f"KL(A || B)  {self.kl_divergence:.3g} nats",
             f"agreement   {100 * self.top1_agreement:.2f} % of the most likely tokens",
             *(f"differs     {reason}" for reason in self.beyond),
+            *([f"note        {_ROUNDED_INPUTS}"] if self.beyond and self.inputs_are_rounded else []),
             *(["same        within the bounds"] if not self.beyond else []),
         ]
 

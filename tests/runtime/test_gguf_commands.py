@@ -241,7 +241,7 @@ def test_eval_and_verify(fbiedge: Run, model: Path, tmp_path: Path) -> None:
     adapted = tiny_gguf(tmp_path, metadata={"fbiedge.weights_sha256": HASH}, max_position_embeddings=512)
     tiny_adapter(tmp_path / "model.beta.gguf")
     code, out, _ = fbiedge("verify", model, adapted, "--max-tokens", 50, *ONE)
-    assert code == 1 and "F32 layers with model.beta.gguf" in out
+    assert code == 1 and "F32 layers with model.beta.gguf" in out and "8 bits" not in out
 
 
 def test_an_export_and_its_adapter_are_what_was_exported(fbiedge: Run, tmp_path: Path) -> None:
@@ -254,7 +254,9 @@ def test_an_export_and_its_adapter_are_what_was_exported(fbiedge: Run, tmp_path:
     model, bounds = tmp_path / "model.gguf", ["--max-kl", 0.1, "--min-agreement", 0.8]
     assert fbiedge("export", tmp_path / "checkpoint", "-o", model)[0] == 0
     code, out, err = fbiedge("verify", tmp_path / "checkpoint", model, *bounds, *ONE)
-    assert (code, err) == (0, "") and "Q1_0 layers with model.beta.gguf" in out
+    assert (code, err) == (0, "") and "Q1_0 layers with model.beta.gguf" in out and "8 bits" not in out
+    code, out, _ = fbiedge("verify", tmp_path / "checkpoint", model, *ONE)
+    assert code == 1 and out.count("llama.cpp rounds the inputs of Q1_0 layers to 8 bits") == 1
     (tmp_path / "model.beta.gguf").rename(tmp_path / "away")
     code, out, err = fbiedge("verify", tmp_path / "checkpoint", model, *bounds, *ONE)
     assert code == 1 and "KL divergence" in out and "warning" in err
