@@ -32,20 +32,22 @@ _ENDS = (
 ).split()
 
 # Pieces of text, as llama.cpp cuts them: each expression in turn cuts what those before it left, matches and the rest.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+# The exporter finds the name of a tokenizer's expressions in the same table, so one means the same in both directions.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+CONTRACTIONS = "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
-_QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES
+_LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_QWEN35 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES
 _THREE_DIGITS = "[0-9][0-9][0-9]"
-_PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     name: expressions
     for names, expressions in (
-        ("default", (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _THREE_DIGITS)),
-        ("falcon", (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _THREE_DIGITS)),
-        ("gpt-2 mpt olmo jais trillion exaone4 gigachat mellum a.x-4.0 granite-docling phi-2", (_GPT2,)),
-        ("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", (r"\p{N}", _GPT2)),
+        ("default", (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", _THREE_DIGITS)),
+        ("falcon", (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, _THREE_DIGITS)),
+        ("gpt-2 mpt olmo jais trillion exaone4 gigachat mellum a.x-4.0 granite-docling phi-2", (GPT2,)),
+        ("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", (DIGIT, GPT2)),
         (
             "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
             (_LLAMA3,),
@@ -56,7 +58,7 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     for name in names.split()
 }
 # Of these, a piece that is a token stays whole, whatever the merges would make of it.
-_IGNORING_MERGES = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4".split()
+IGNORING_MERGES = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4".split()
 _ADDING_BOS = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2".split()
 
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
@@ -126,8 +128,8 @@ class _Vocabulary:
         types = self.numbers("token_type")
         self.types = np.ones(len(tokens), np.int32) if types is None else types
         self.pre = metadata_value(metadata, "tokenizer.ggml.pre", str, "default") or "default"
-        if self.kind == "gpt2" and self.pre not in _PRE_TOKENIZERS:
-            known = ", ".join(sorted(_PRE_TOKENIZERS))
+        if self.kind == "gpt2" and self.pre not in PRE_TOKENIZERS:
+            known = ", ".join(sorted(PRE_TOKENIZERS))
             raise ModelFileError(
                 f"the pre-tokenizer {self.pre!r} (tokenizer.ggml.pre) is not supported, expected {known}"
             )
@@ -173,12 +175,12 @@ class _Vocabulary:
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         splits = [
             {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
-            for expression in _PRE_TOKENIZERS[self.pre]
+            for expression in PRE_TOKENIZERS[self.pre]
         ]
         return {
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
             "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
-            "model": self.bpe(self.ranked_merges(), ignore_merges=self.pre in _IGNORING_MERGES),
+            "model": self.bpe(self.ranked_merges(), ignore_merges=self.pre in IGNORING_MERGES),
         }
 
     def bpe(self, merges: list[tuple[str, str]], **options: Any) -> dict[str, Any]:

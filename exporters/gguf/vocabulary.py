@@ -20,31 +20,16 @@ from typing import Any
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError
 from fbiedge.generate import listed_ids
+from fbiedge.gguf_tokenizer import CONTRACTIONS, DIGIT, GPT2, IGNORING_MERGES, PRE_TOKENIZERS
 from fbiedge.model_file import load_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
-_DIGIT = r"\p{N}"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _ANY_CASE + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
-_QWEN2 = _ANY_CASE + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
-_QWEN35 = _ANY_CASE + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES
-# Expressions in the order in which they cut, and whether a piece that is a token stays whole -> tokenizer.ggml.pre.
-_PRE = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGIT, _GPT2), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "dbrx",
-    ((_QWEN2,), False): "qwen2",
-    ((_QWEN35,), False): "qwen35",
-}
-# Other spellings of the same, as GGUF readers write them.
-_SAME = (
-    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _ANY_CASE),
-    ("'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]", _ANY_CASE),
-)
+# Expressions in the order in which they cut, and whether a piece that is a token stays whole -> tokenizer.ggml.pre. Of
+# several names for the same, the first of the table.
+_PRE = {(cut, name in IGNORING_MERGES): name for name, cut in reversed(PRE_TOKENIZERS.items())}
+# Other spellings of the same.
+_SAME = (("(?i:'s|'t|'re|'ve|'m|'ll|'d)", CONTRACTIONS), (f"(?:{CONTRACTIONS})", CONTRACTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +150,9 @@ class _Reader:
                     if step.get("add_prefix_space"):
                         raise _refused("it puts a space before every text (ByteLevel's add_prefix_space)")
                     if step.get("use_regex", True):
-                        yield _GPT2
+                        yield GPT2
                 case "Digits" if step.get("individual_digits"):
-                    yield _DIGIT
+                    yield DIGIT
                 case "Split" if step["behavior"] == "Isolated" and not step.get("invert"):
                     expression = step["pattern"].get("Regex") or step["pattern"]["String"]
                     for other, ours in _SAME:

@@ -15,7 +15,7 @@ from support.vocabularies import TEXTS, byte_level_metadata, sentence_piece_meta
 
 from fbiedge.errors import ModelFileError
 from fbiedge.gguf_file import GgufFile
-from fbiedge.gguf_tokenizer import _PRE_TOKENIZERS, sidecars_from_gguf
+from fbiedge.gguf_tokenizer import PRE_TOKENIZERS, sidecars_from_gguf
 from fbiedge.tokenizer import DetokenizeStream, Tokenizer
 
 LlamaTokenizer = Callable[[Any], Callable[..., list[int]]]
@@ -74,7 +74,7 @@ def test_the_left_one_of_two_ways_to_a_token(llama_tokenizer: LlamaTokenizer, tm
         assert_equal_ids(tokenizer(metadata, tmp_path), llama_tokenizer(metadata), texts)
 
 
-@pytest.mark.parametrize("pre", _PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_byte_level(pre: str, llama_tokenizer: LlamaTokenizer, tmp_path: Path) -> None:
     metadata = byte_level_metadata(pre)
     ours = tokenizer(metadata, tmp_path)

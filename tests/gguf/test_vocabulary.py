@@ -117,7 +117,9 @@ def test_ids_are_equal(which: str, tmp_path: Path, llama_tokenizer: Any, request
     check(write(tmp_path / "model.gguf", files), files, llama_tokenizer, texts)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "qwen35", "sentencepiece"])
+@pytest.mark.parametrize(
+    "pre", ["default", "falcon", "gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "qwen35", "sentencepiece"]
+)
 def test_what_the_reader_writes_comes_back(pre: str, tmp_path: Path, llama_tokenizer: Any) -> None:
     """GGUF -> tokenizer.json -> GGUF: the same tokens, merges and way of cutting; and llama.cpp gives the same ids."""
     metadata = sentence_piece_metadata() if pre == "sentencepiece" else byte_level_metadata(pre)
