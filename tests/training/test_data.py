@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from fbiedge.errors import UsageError
 from fbiedge.training.data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
@@ -36,6 +37,12 @@ def test_a_shard_decodes_to_its_documents_between_bos_and_eos(tmp_path: Path) ->
         tokenizer.decode(shard[a + 1 : b - 1].tolist()) for a, b in zip(starts, [*starts[1:], total], strict=True)
     ]
     assert decoded == documents
+
+
+def test_ids_may_be_more_than_their_number(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "cat": 70_000}, unk_token="<unk>"))
+    write_shard(["cat"], tokenizer, 1, 2, tmp_path / "s.tokens")
+    assert open_shard(tmp_path / "s.tokens").tolist() == [1, 70_000, 2]
 
 
 def test_special_tokens_are_one_id_and_vocabulary_is_exact() -> None:
