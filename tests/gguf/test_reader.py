@@ -11,11 +11,13 @@ import gguf
 import numpy as np
 import pytest
 from support.checkpoints import PATTERNS, dense, small_config
+from support.errors import raises_line
 from support.gguf_checkpoints import gguf_checkpoint, gguf_config
 from support.gguf_files import Blocks, write_gguf
 from support.gguf_models import as_q1_0, dense_tensors, model_metadata, model_tensors, write_model
 from support.vocabularies import sentence_piece_metadata
 
+from fbiedge.errors import ModelFileError
 from fbiedge.exporters.gguf import export_gguf, open_gguf
 from fbiedge.exporters.gguf.reader import GgufWeights
 from fbiedge.gguf_model import gguf_name
@@ -229,3 +231,11 @@ def test_the_writer_and_the_reader_agree_where_the_adapter_lies(tmp_path: Path) 
         pytest.skip(f"no symbolic links here: {error}")
     adapter = export_gguf(weights, link, embedding="f32", head="f32").adapter
     assert adapter == tmp_path / "UP.beta.gguf" and adapter in open_gguf(link).paths
+    # As in the cache of Hugging Face: links whose targets have hashes for names.
+    for name, blob in (("UP.GGUF", "aaa"), ("UP.beta.gguf", "bbb")):
+        file = (tmp_path / name).rename(tmp_path / blob)
+        (tmp_path / "links" / name).symlink_to(file)
+    assert open_gguf(tmp_path / "links" / "UP.GGUF").config.scaling_pattern == "row"
+    (tmp_path / "links" / "UP.beta.gguf").unlink()
+    with raises_line(ModelFileError, "its offsets (UP.beta.gguf beside it) are missing"):
+        open_gguf(tmp_path / "links" / "UP.GGUF")
