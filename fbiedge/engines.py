@@ -24,8 +24,6 @@ from .model_file import ModelFile
 from .tokenizer import Tokenizer
 
 GGUF_MAGIC = b"GGUF"
-# Dense float32 weights that the reference may keep in memory; above it, it reads each tensor anew for every run.
-_RESIDENT_LIMIT_BYTES = 2 * 1000**3
 
 
 def is_gguf(path: Path) -> bool:
@@ -157,7 +155,7 @@ class ReferenceLogits:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError, ModelFileError for an unusable tokenizer."""
         from .model_file import load_json
-        from .reference import Reference
+        from .reference import RESIDENT_LIMIT_BYTES, Reference
         from .weights import expected_shapes, open_checkpoint
 
         weights = open_checkpoint(path)
@@ -165,7 +163,7 @@ class ReferenceLogits:
         self.config = weights.config
         self.capacity = weights.config.max_position_embeddings
         dense_bytes = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(weights.config).values())
-        self._reference = Reference(weights, resident=dense_bytes <= _RESIDENT_LIMIT_BYTES)
+        self._reference = Reference(weights, resident=dense_bytes <= RESIDENT_LIMIT_BYTES)
         self.description = "numpy reference, fp32"
         self.warning = None
         self.tokenizer = None

@@ -23,6 +23,8 @@ from .rope import rope_frequencies
 from .weights import BinaryLinear, HasBinaryRows, Weights
 
 Array = npt.NDArray[Any]  # floats of the dtype chosen
+# Dense float32 weights that whoever runs a reference may let it keep; above it, tensors are read as they are needed.
+RESIDENT_LIMIT_BYTES = 2 * 1000**3
 _ROWS_AT_ONCE = 8192  # of a 1-bit head
 
 

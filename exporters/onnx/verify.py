@@ -19,15 +19,13 @@ from fbiedge.config import ModelConfig
 from fbiedge.errors import ModelFileError, OpLibraryError, OutputError, UsageError
 from fbiedge.metrics import compare_logits
 from fbiedge.ops_library import library_path
-from fbiedge.reference import Reference
+from fbiedge.reference import RESIDENT_LIMIT_BYTES, Reference
 from fbiedge.sample_text import SAMPLE_TEXT
 from fbiedge.weights import Weights
 
 DEFAULT_TOKENS = 128
 
-# Dense float32 weights that the reference may keep in memory. Above it, it reads each tensor as it goes (slower, and
-# one tensor in memory), and the text is cut: a multiply-add by token and weight is what a check costs.
-RESIDENT_LIMIT_BYTES = 2 * 1000**3
+# The text of a large model is cut: a multiply-add by token and weight is what a check costs.
 _MULTIPLY_ADDS = 100 * 1000**3  # a few seconds of numpy on two cores
 _FEWEST_TOKENS = 16
 
@@ -53,7 +51,7 @@ def verify_export(weights: Weights, onnx_path: Path, text_ids: Sequence[int]) ->
     Raises ModelFileError where ONNX Runtime refuses the file, UsageError for no ids or ids outside the vocabulary.
     """
     config = weights.config
-    parameters = _matrix_parameters(config)
+    parameters = matrix_parameters(config)
     affordable = min(config.max_position_embeddings, max(_FEWEST_TOKENS, _MULTIPLY_ADDS // parameters))
     ids = list(text_ids)[:affordable]
     if not ids:
@@ -107,7 +105,8 @@ def default_text_ids(weights: Weights, text: str | None = None) -> list[int]:
     return list(ids)
 
 
-def _matrix_parameters(config: ModelConfig) -> int:
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights that a token is multiplied with, and the embedding's."""
     layer = sum(prod(shape) for shape in config.linear_shapes().values())
     return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
 
