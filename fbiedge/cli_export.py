@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 from .cli_support import extra, read_text
 from .errors import UsageError
+from .sample_text import CALIBRATION_TEXT
 
 FORMATS = ("onnx", "gguf")
 
@@ -31,7 +32,7 @@ def export(
         str | None,
         typer.Option(
             help="lm_head; onnx: 1bit (default where the source's is), int8 (else), int4, fp32; "
-            "gguf: f16 (default), q8_0, q1_0, f32"
+            "gguf: f16 (default), q8_0, q1_0, f32, also for the linears of a full-precision model"
         ),
     ] = None,
     embedding: Annotated[
@@ -45,7 +46,10 @@ def export(
         str | None, typer.Option(help="onnx: keys and values, int8 or fp32; default: int8 where the heads allow it")
     ] = None,
     allow_lossy: Annotated[
-        bool, typer.Option("--allow-lossy", help="gguf: also where scales per input can only be approximated")
+        bool,
+        typer.Option(
+            "--allow-lossy", help="gguf: also where scales per input can only be approximated, or a form loses much"
+        ),
     ] = False,
     calibration_text: Annotated[
         Path | None, typer.Option(help="gguf: text that approximations are fitted to; default: a built-in one")
@@ -66,13 +70,8 @@ def export(
 ) -> None:
     """Export a model to ONNX or GGUF, check it against the reference, and print what was lost."""
     from . import tables, terminal
-    from .engines import is_gguf
 
-    kind = to or ("gguf" if output.suffix == ".gguf" else "onnx")
-    if kind not in FORMATS:
-        raise UsageError(f"format is {kind!r}, expected {' or '.join(FORMATS)}")
-    if output.is_file() and output.suffix != f".{kind}":
-        raise UsageError(f"{output} exists and is not a .{kind} file; choose another name for the model")
+    kind = _format(source, output, to)
     onnx_only = {"accuracy-level": accuracy_level, "kv-cache": kv_cache}
     gguf_only = {
         "allow-lossy": allow_lossy or None, "calibration-text": calibration_text, "name": name, "license": license_,
@@ -82,38 +81,52 @@ def export(
         if value is not None:
             other = "onnx" if kind == "gguf" else "gguf"
             raise UsageError(f"--{option} is for --to {other}, and this goes to {kind}; leave it out")
-    if kind == "gguf" and is_gguf(source):
-        raise UsageError(f"{source} is a GGUF already; give a checkpoint or a model.onnx, or export it with --to onnx")
-    text = read_text(verify_text) if verify_text else None
-    calibration = read_text(calibration_text) if calibration_text else None
-    brought = {"tokenizer.json": read_text(tokenizer)} if tokenizer else {}
-    weights = _open(source, brought)
-    if "tokenizer.json" not in weights.files:
-        if kind == "gguf":
-            raise UsageError(f"{source} has no tokenizer.json, which a GGUF must carry; {_advice(source)}")
-        terminal.print_warning(
-            f"{source} has no tokenizer.json: it is checked on random ids, and chat and generate won't take it; "
-            f"{_advice(source)}"
-        )
-    settings: dict[str, Any] = {
-        option: value for option, value in (("head", head), ("embedding", embedding)) if value is not None
-    }
+    texts = _Texts(
+        measured=read_text(verify_text) if verify_text else None,
+        fitted=read_text(calibration_text) if calibration_text else None,
+    )
+    weights = _open(source, {"tokenizer.json": read_text(tokenizer)} if tokenizer else {})
+    _require_tokenizer(weights, source, kind)
+    forms = {option: value for option, value in (("head", head), ("embedding", embedding)) if value is not None}
     with terminal.progress_bar("exporting") as update:
 
         def progress(_name: str, done: int, total: int) -> None:
             update(done, total)
 
         if kind == "onnx":
-            settings |= {"accuracy_level": accuracy_level or "int8", "kv_cache": kv_cache}
-            report = _to_onnx(weights, output, text, progress, settings)
+            settings: dict[str, Any] = {"accuracy_level": accuracy_level or "int8", "kv_cache": kv_cache}
+            report = _to_onnx(weights, output, texts, progress=progress, **settings, **forms)
         else:
-            provenance = {"name": name or output.stem, "license": license_, "base_model": base_model}
-            settings |= {"allow_lossy": allow_lossy}
-            report = _to_gguf(weights, source, output, (calibration, text), progress, provenance, settings)
+            about = {"name": name or output.stem, "license": license_, "base_model": base_model}
+            provenance = _provenance(source, {field: value for field, value in about.items() if value is not None})
+            settings = {"provenance": provenance, "allow_lossy": allow_lossy}
+            report = _to_gguf(weights, output, texts, progress=progress, **settings, **forms)
     if kind == "onnx":
         tables.print_export(report)
     else:
         tables.print_gguf_export(report)
+
+
+def _format(source: Path, output: Path, to: str | None) -> str:
+    """Which one is wanted. Raises UsageError for one that can't be written there."""
+    from .engines import is_gguf
+
+    kind = to or ("gguf" if output.suffix == ".gguf" else "onnx")
+    if kind not in FORMATS:
+        raise UsageError(f"format is {kind!r}, expected {' or '.join(FORMATS)}")
+    if output.is_file() and output.suffix != f".{kind}":
+        raise UsageError(f"{output} exists and is not a .{kind} file; choose another name for the model")
+    if kind == "gguf" and is_gguf(source):
+        raise UsageError(f"{source} is a GGUF already; give a checkpoint or a model.onnx, or export it with --to onnx")
+    return kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """None: the built-in ones."""
+
+    measured: str | None
+    fitted: str | None
 
 
 def _open(source: Path, brought: dict[str, str]) -> Any:
@@ -132,30 +145,49 @@ def _open(source: Path, brought: dict[str, str]) -> Any:
     return replace(weights, files={**weights.files, **brought})
 
 
-def _to_onnx(weights: Any, output: Path, text: str | None, progress: Any, settings: dict[str, Any]) -> Any:
+def _require_tokenizer(weights: Any, source: Path, kind: str) -> None:
+    from . import terminal
+
+    if "tokenizer.json" in weights.files:
+        return
+    if kind == "gguf":
+        raise UsageError(f"{source} has no tokenizer.json, which a GGUF must carry; {_advice(source)}")
+    terminal.print_warning(
+        f"{source} has no tokenizer.json: it is checked on random ids, and chat and generate won't take it; "
+        f"{_advice(source)}"
+    )
+
+
+def _to_onnx(weights: Any, output: Path, texts: _Texts, **settings: Any) -> Any:
     with extra("export"):
         exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
-    ids = exporter.default_text_ids(weights, text)
-    return exporter.export_onnx(weights, output, progress=progress, verify_on=ids, **settings)
+    ids = exporter.default_text_ids(weights, texts.measured)
+    return exporter.export_onnx(weights, output, verify_on=ids, **settings)
 
 
-def _to_gguf(
-    weights: Any,
-    source: Path,
-    output: Path,
-    texts: tuple[str | None, str | None],
-    progress: Any,
-    provenance: dict[str, str | None],
-    settings: dict[str, Any],
-) -> Any:
+def _provenance(source: Path, stated: dict[str, str]) -> Any:
+    """What the files beside the source say, but for what the user says."""
+    with extra("export"):
+        exporter: Any = importlib.import_module("fbiedge.exporters.gguf")
+    return replace(exporter.read_provenance(source), **stated)
+
+
+def _to_gguf(weights: Any, output: Path, texts: _Texts, **settings: Any) -> Any:
     with extra("export"):
         exporter: Any = importlib.import_module("fbiedge.exporters.gguf")
         text_ids: Any = importlib.import_module("fbiedge.exporters.onnx").default_text_ids
-    known = exporter.read_provenance(source, provenance["name"])
-    known = replace(known, **{field: value for field, value in provenance.items() if value is not None})
-    calibration, text = (text_ids(weights, given) for given in texts)
+    # An option without effect is a misunderstanding.
+    config = weights.config
+    if "head" in settings and config.tie_word_embeddings and config.scaling_pattern != "none":
+        raise UsageError("--head has no effect: the head of this model is its embedding, so --embedding decides")
+    if texts.fitted is not None and exporter.exactness(weights).exact:
+        raise UsageError("--calibration-text has no effect: nothing of this model needs a fit; leave it out")
     return exporter.export_gguf(
-        weights, output, calibration_ids=calibration, verify_ids=text, provenance=known, progress=progress, **settings
+        weights,
+        output,
+        calibration_ids=text_ids(weights, texts.fitted or CALIBRATION_TEXT),
+        verify_ids=text_ids(weights, texts.measured),
+        **settings,
     )
 
 

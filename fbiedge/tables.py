@@ -104,12 +104,13 @@ def print_gguf_export(report: Any) -> None:
     if report.errors:
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("fitted linear")
-        table.add_column("rms error of its outputs", justify="right")
+        table.add_column("rms error of its outputs there", justify="right")
         for name, error in report.errors.items():
             table.add_row(Text(name), f"{100 * error:.2f} %")
         _print_table(table)
-        print_text(f"lossy: {len(report.errors)} linears were fitted to {report.fit_tokens:,} tokens")
-    elif report.costs is not None:
+        others = f" and measured on {report.costs.tokens:,} others" if report.costs else ""
+        print_text(f"lossy: {len(report.errors)} linears were fitted to {report.fit_tokens:,} tokens{others}")
+    elif report.binary:
         print_text("its linears are exact, but for rounding scales to fp16")
     if (costs := report.costs) is not None:
         print_text(f"of the source: perplexity {costs.perplexity:.4g} on {costs.tokens:,} tokens")
@@ -121,6 +122,8 @@ def print_gguf_export(report: Any) -> None:
                     f"{cost.kl_divergence:.3g} nats, top-1 agreement {100 * cost.top1_agreement:.1f} %, "
                     f"max logit error {cost.max_logit_error:.3g}"
                 )
+        if costs.not_run:
+            print_text(f"not run in llama.cpp: {costs.not_run}")
     for note in report.notes:
         print_text(f"note: {note}")
 

@@ -19,14 +19,13 @@ from fbiedge.errors import ModelFileError, OutputError, UsageError
 from fbiedge.llama_cpp_library import load_library
 from fbiedge.llama_cpp_session import LlamaCppSession
 from fbiedge.metrics import ComparisonSum, token_losses
-from fbiedge.reference import Reference
+from fbiedge.reference import RESIDENT_LIMIT_BYTES, Reference
 from fbiedge.weights import Weights
 
+from ..onnx.verify import matrix_parameters
 from .folded import DenseWeights, FoldedModel
-from .plan import matrix_parameters
 from .storage import GgufOptions
 
-RESIDENT_LIMIT_BYTES = 2 * 1000**3  # of dense float32 weights; above it, tensors are read as they are needed
 _MULTIPLY_ADDS = 100 * 1000**3  # of one pass: a few seconds of numpy on two cores
 _FEWEST_TOKENS = 16
 _WRONG_ABOVE_NATS = 0.1  # rounding to 8 bits costs 3e-5 in a trained model, 5e-3 in a tiny random one
@@ -51,11 +50,23 @@ class Costs:
     with_adapter: Cost
     without_adapter: Cost | None  # None where there is no adapter
     in_llama_cpp: Cost | None = None  # of the file itself, with its adapter; None where it wasn't run
+    not_run: str | None = None  # in llama.cpp, and why
 
 
 def is_resident(weights: Weights) -> bool:
     """Whether the dense weights may stay in memory."""
     return 4 * matrix_parameters(weights.config) <= RESIDENT_LIMIT_BYTES
+
+
+def why_not_in_llama_cpp(weights: Weights) -> str | None:
+    """Why a file isn't run in llama.cpp before it appears, None where it is."""
+    if not is_resident(weights):
+        return f"models of more than {RESIDENT_LIMIT_BYTES / 1e9:.0f} GB in float32 are not run there"
+    try:
+        load_library()
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 class Expected:
@@ -83,15 +94,11 @@ class Expected:
             without_adapter=costs[1] if has_adapter else None,
         )
 
-    def check_in_llama_cpp(self, path: Path, allowed_kl: float, *, shown_as: Path) -> Cost | None:
-        """Of the finished file, None where llama.cpp isn't installed.
+    def check_in_llama_cpp(self, path: Path, allowed_kl: float, *, shown_as: Path) -> Cost:
+        """Of the finished file; `shown_as` is the name that a user knows.
 
-        Raises OutputError where it refuses the file or computes another model; `shown_as` is the name that a user knows.
+        Raises OutputError where llama.cpp refuses it or computes another model.
         """
-        try:
-            load_library()
-        except UsageError:
-            return None
         try:
             got = self._in_llama_cpp(path)
         except (ModelFileError, UsageError) as error:

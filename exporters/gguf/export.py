@@ -18,10 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from fbiedge.config import ModelConfig
 from fbiedge.errors import ModelFileError, OutputError, UsageError
 from fbiedge.files import atomic_files, real_target, require_utf8
 from fbiedge.gguf_file import GgufFile
@@ -31,21 +27,19 @@ from fbiedge.weights import Weights
 from ..onnx.sidecars import check_sidecars
 from ..onnx.sources import inventory
 from .adapter import Adapter
-from .cost import Costs, Expected, is_resident
-from .fit import TOKENS_AN_INPUT, Fit, fit_linear, record_inputs, rms
-from .fold import INPUT_OF, LayerFold, column_fold
+from .cost import Costs, Expected, is_resident, why_not_in_llama_cpp
+from .fit import ModelFit, fit_model
+from .fold import exactness
 from .folded import FoldedModel
 from .metadata import add_metadata, check_rope
-from .plan import Losses, check_shapes, matrix_parameters, plan_tensors
+from .plan import Losses, check_shapes, plan_tensors
 from .provenance import Provenance
 from .storage import GgufOptions, Storage
 from .vocabulary import read_vocabulary
 from .writer import Progress, write_model
 
-# What a fit may take: the inputs it keeps, and the multiply-adds of the pass that records them (7B: about 240 tokens).
-_FIT_INPUT_BYTES = 256 * 1000**2
-_FIT_MULTIPLY_ADDS = 4 * 1000**4
-_FIT_MOST_TOKENS = 4096
+# Where q1_0 costs an embedding or a head more than this, it must be asked for; of binary ones it costs nothing.
+_SMALL_LOSS_NATS = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +51,16 @@ class GgufReport:
     model_bytes: int
     adapter_bytes: int
     inventory: Sequence[Mapping[str, Any]]  # sizes by group, see exporters.onnx.plan.inventory
-    exact: bool  # but for rounding to fp16
-    errors: Mapping[str, float]  # of lossy linears: rms error of their outputs, relative to the outputs
+    binary: bool  # False: of full precision, whose linears have the form of the head
+    exact: bool  # but for rounding to fp16 and the forms of embedding and head
+    errors: Mapping[
+        str, float
+    ]  # of lossy linears: rms error of their outputs on the text of the fit, relative to these
     fit_tokens: int  # positions that the lossy ones were fitted to
     costs: Costs | None  # where there were ids to measure on
     zeros: int  # latent weights that were exactly 0 and became +1
     clamped: int  # scales of 0, or nearly so, that had to be folded
-    notes: Sequence[str]  # what llama.cpp's tokenizer does differently on rare texts, and what qualifies the numbers
+    notes: Sequence[str]  # what llama.cpp's tokenizer does differently on rare texts, and what would make a fit better
     seconds: float
 
 
@@ -81,9 +78,11 @@ def export_gguf(
 ) -> GgufReport:
     """Write `weights` as a GGUF that stock llama.cpp runs, replacing older files, holding about one tensor in memory.
 
-    Scales that don't fold are fitted to `calibration_ids` and, without `allow_lossy`, refused; the loss is measured on
-    `verify_ids`. Raises UsageError (an option, a lossy export, an output that is the source), CheckpointError (shapes, RoPE or
-    a tokenizer that GGUF can't hold) or OutputError (disk full, no permission); then nothing new is left at `out`.
+    Scales that don't fold are fitted to `calibration_ids`; the loss is measured on `verify_ids`, and never on what was
+    fitted to: the same text twice is split. Without `allow_lossy` a fit is refused, and so is an embedding or head in
+    q1_0 that costs much. `head` is also the form of the linears of a full-precision model. Raises UsageError (an option,
+    a lossy export, an output that is the source), CheckpointError (shapes, RoPE or a tokenizer that GGUF can't hold) or
+    OutputError (disk full, no permission); then nothing new is left at `out`.
     """
     started = time.perf_counter()
     out, config = Path(out), weights.config
@@ -97,12 +96,16 @@ def export_gguf(
     check_rope(config)
     check_sidecars(weights.files)
     vocabulary = read_vocabulary(config, weights.files)
-    model, errors, fit_tokens = _fold(weights, calibration_ids)
+    found = exactness(weights)
+    if not found.exact:
+        calibration_ids, verify_ids = _two_texts(calibration_ids, verify_ids)
+    fit = fit_model(weights, found, calibration_ids, resident=is_resident(weights))
+    model = FoldedModel(weights=weights, folds=fit.folds, fitted=fit.linears)
     has_adapter = config.scaling_pattern not in ("block", "none")
     expected = None if verify_ids is None else Expected(weights, verify_ids)
     costs = None if expected is None else expected.costs(model, options, has_adapter=has_adapter)
-    if errors and not allow_lossy:
-        raise UsageError(_refusal(errors, costs))
+    if not allow_lossy:
+        _refuse_loss(fit, costs, options)
 
     adapter, losses = Adapter(), Losses()
     tensors = list(plan_tensors(weights, model, options, adapter, losses))
@@ -114,7 +117,7 @@ def export_gguf(
             path,
             config.model_type,
             lambda writer: add_metadata(
-                writer, config, weights.files, vocabulary, options, provenance, exact=not errors
+                writer, config, weights.files, vocabulary, options, provenance, exact=found.exact
             ),
             tensors,
             progress,
@@ -122,9 +125,11 @@ def export_gguf(
         if adapter:
             adapter_bytes = adapter.write(path.with_name(beta.name), config.model_type, provenance.name, sha256)
         model_bytes = path.stat().st_size
-        if expected is not None and costs is not None and is_resident(weights):
-            cost = expected.check_in_llama_cpp(path, costs.with_adapter.kl_divergence, shown_as=out)
-            costs = replace(costs, in_llama_cpp=cost)
+        if expected is not None and costs is not None:
+            not_run = why_not_in_llama_cpp(weights)
+            kl = costs.with_adapter.kl_divergence
+            cost = None if not_run else expected.check_in_llama_cpp(path, kl, shown_as=out)
+            costs = replace(costs, in_llama_cpp=cost, not_run=not_run)
         _refuse_foreign(beta)  # it may have come meanwhile
     if not adapter:
         with suppress(OSError):
@@ -135,89 +140,55 @@ def export_gguf(
         model_bytes=model_bytes,
         adapter_bytes=adapter_bytes,
         inventory=inventory([tensor.spec for tensor in tensors]),
-        exact=not errors,
-        errors=errors,
-        fit_tokens=fit_tokens,
+        binary=config.scaling_pattern != "none",
+        exact=found.exact,
+        errors={name: one.error for name, one in fit.linears.items()},
+        fit_tokens=fit.tokens,
         costs=costs,
         zeros=losses.zeros,
         clamped=sum(fold.clamped for fold in model.folds),
-        notes=[f"in llama.cpp, {note}" for note in vocabulary.notes]
-        + _notes(config, fit_tokens, calibration_ids, verify_ids),
+        notes=[f"in llama.cpp, {note}" for note in vocabulary.notes] + [note for note in [fit.advice()] if note],
         seconds=time.perf_counter() - started,
     )
 
 
-def _fold(weights: Weights, ids: Sequence[int] | None) -> tuple[FoldedModel, dict[str, float], int]:
-    """The folded model, the errors of linears that had to be fitted, and to how many tokens."""
-    layers = range(weights.config.num_hidden_layers)
-    if weights.config.scaling_pattern != "column":
-        return FoldedModel(weights=weights, folds=(), fitted={}), {}, 0
-    folds = [column_fold(weights, layer) for layer in layers]
-    if not any(fold.lossy for fold in folds):
-        return FoldedModel(weights=weights, folds=tuple(folds), fitted={}), {}, 0
-    if not ids:
-        raise UsageError("scales that differ between linears must be fitted to a text; give one of at least one token")
-
-    # 1. Inputs of the lossy linears; those that share one are named by the first.
-    first = {place: name for name, place in reversed(INPUT_OF.items())}
-    watched = {f"model.layers.{layer}.{first[INPUT_OF[name]]}" for layer in layers for name in folds[layer].lossy}
-    ids = list(ids)[: _affordable(weights, watched)]
-    inputs = record_inputs(weights, ids, watched, resident=is_resident(weights))
-    # 2. Gammas, now that the size of inputs is known, and d.
-    fitted: dict[str, Fit] = {}
-    for layer in layers:
-        prefix = f"model.layers.{layer}."
-        known = {place: inputs[f"{prefix}{name}"] for place, name in first.items() if f"{prefix}{name}" in inputs}
-        fold = column_fold(weights, layer, {place: rms(x) for place, x in known.items()})
-        folds[layer] = fold
-        for name in fold.lossy:
-            fitted[f"{prefix}{name}"] = _fit(weights, f"{prefix}{name}", fold, name, known[INPUT_OF[name]])
-    errors = {name: fit.error for name, fit in fitted.items()}
-    return FoldedModel(weights=weights, folds=tuple(folds), fitted=fitted), errors, len(ids)
+def _two_texts(
+    calibration: Sequence[int] | None, measured: Sequence[int] | None
+) -> tuple[Sequence[int] | None, Sequence[int] | None]:
+    """Of one text, the first half to fit to and the second to measure on: on its own text a fit looks too good."""
+    if not calibration or not measured:
+        return calibration, measured
+    longest = max(calibration, measured, key=len)
+    if any(list(text) != list(longest)[: len(text)] for text in (calibration, measured)):
+        return calibration, measured
+    half = max(1, len(longest) // 2)
+    return longest[:half], longest[half:]
 
 
-def _fit(weights: Weights, full_name: str, fold: LayerFold, name: str, inputs: npt.NDArray[np.float32]) -> Fit:
-    linear: Any = weights.linear(full_name)
-    packed, ratio, _, a = fold.parts(name, linear)
-    return fit_linear(packed, ratio, a, inputs * fold.gamma[INPUT_OF[name]])
-
-
-def _affordable(weights: Weights, watched: set[str]) -> int:
-    shapes = weights.config.linear_shapes()
-    token_bytes = 4 * sum(shapes[name.split(".", 3)[3]][1] for name in watched)
-    by_work = _FIT_MULTIPLY_ADDS // matrix_parameters(weights.config)
-    return max(16, min(_FIT_MOST_TOKENS, _FIT_INPUT_BYTES // token_bytes, by_work))
-
-
-def _refusal(errors: Mapping[str, float], costs: Costs | None) -> str:
-    kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[1].removesuffix("_proj") for name in errors))
-    worst = max(errors, key=lambda name: errors[name])
-    numbers = f"the outputs of {worst} would be off by {100 * errors[worst]:.0f} % rms"
+def _refuse_loss(fit: ModelFit, costs: Costs | None, options: GgufOptions) -> None:
+    """What nobody may lose without having asked for it. Raises UsageError."""
+    loss = ""
     if costs is not None:
-        numbers += (
-            f", KL divergence {costs.with_adapter.kl_divergence:.3g} nats, perplexity {costs.perplexity:.4g} -> "
-            f"{costs.with_adapter.perplexity:.4g} on {costs.tokens} tokens"
+        loss = (
+            f"KL divergence {costs.with_adapter.kl_divergence:.3g} nats, perplexity {costs.perplexity:.4g} -> "
+            f"{costs.with_adapter.perplexity:.4g} on {costs.tokens:,}"
         )
-    return (
-        f"GGUF can't hold this model exactly: {len(errors)} linears ({kinds}) have a scale for each input that others "
-        f"don't share; {numbers}. Accept that with --allow-lossy, or make the model exact with `fbiedge train --init "
-        "CHECKPOINT --scaling column-shared`"
-    )
-
-
-def _notes(
-    config: ModelConfig, fit_tokens: int, calibration: Sequence[int] | None, measured: Sequence[int] | None
-) -> list[str]:
-    """What a user should know about a fit."""
-    notes = []
-    needed = TOKENS_AN_INPUT * config.hidden_size
-    if 0 < fit_tokens < needed:
-        notes.append(
-            f"signs are fitted too, which may halve the loss, from {needed:,} tokens on; give them by --calibration-text"
+    if fit.linears:
+        kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[1].removesuffix("_proj") for name in fit.linears))
+        worst, error = max(((name, one.error) for name, one in fit.linears.items()), key=lambda pair: pair[1])
+        advice = fit.advice()
+        raise UsageError(
+            f"GGUF can't hold this model exactly: {len(fit.linears)} linears ({kinds}) have a scale for each input that "
+            f"others don't share; fitted to {fit.tokens:,} tokens, the outputs of {worst} are off by {100 * error:.0f} % rms"
+            f"{f' there, {loss} others' if loss else ' there'}{f' ({advice})' if advice else ''}. Accept that with "
+            "--allow-lossy, or make the model exact with `fbiedge train --init CHECKPOINT --scaling column-shared`"
         )
-    if fit_tokens and measured is not None and list(calibration or ()) == list(measured):
-        notes.append("it was measured on the text that it was fitted to; --calibration-text and --verify-text give two")
-    return notes
+    forms = [name for name in ("embedding", "head") if getattr(options, name) == "q1_0"]
+    if forms and costs is not None and not costs.with_adapter.kl_divergence <= _SMALL_LOSS_NATS:
+        raise UsageError(
+            f"{' and '.join(f'{name} q1_0' for name in forms)} would lose much of this model: {loss} tokens; accept that "
+            "with --allow-lossy, or choose q8_0 or f16"
+        )
 
 
 def _refuse_source(weights: Weights, out: Path) -> None:
@@ -252,10 +223,3 @@ def _require_room(target: Path, needed: int) -> None:
             f"can't write {target}: it needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free; "
             "nothing was written"
         )
-
-
-def binary_bits(report: GgufReport) -> float:
-    """Bits a binary weight takes in the file."""
-    rows = [row for row in report.inventory if row["form"] == "Q1_0" and row["group"] in ("attention", "mlp")]
-    weights = sum(row["parameters"] for row in rows)
-    return 8 * sum(row["bytes"] for row in rows) / weights if weights else 0.0

@@ -9,29 +9,39 @@ With at least 2 positions an input, signs are chosen too: inputs in the order of
 what is wanted of it, and what is left over is made up by the inputs after it, as far as they are correlated with it
 (GPTQ's way of rounding; arXiv 2210.17323). With fewer positions that would fit the text and not the language.
 
-Inputs are those of the original model: `record_inputs` runs the reference and keeps them.
+Inputs are those of the original model: `record_inputs` runs the reference and keeps them. `fit_model` does it all. What it
+costs must be measured on another text: a fit looks too good on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fbiedge.bits import pack_bits, unpack_bits
 from fbiedge.config import BLOCK_SIZE
+from fbiedge.errors import UsageError
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights
+
+from ..onnx.verify import matrix_parameters
+from .fold import INPUT_OF, Exactness, LayerFold, column_fold
 
 Matrix = npt.NDArray[np.float32]
 
 _RIDGE = 1e-3  # of the mean diagonal of a row's system
 _SIGN_RIDGE = 1e-2  # of the mean square of the inputs
-TOKENS_AN_INPUT = 2  # from which on signs are chosen
+_TOKENS_AN_INPUT = 2  # from which on signs are chosen
 _ROUNDS = 2  # of choosing signs and fitting d to them
 _ROWS_AT_ONCE = 256
+# What a fit may take: the inputs it keeps, and the multiply-adds of the pass that records them (7B: about 240 tokens).
+_INPUT_BYTES = 256 * 1000**2
+_MULTIPLY_ADDS = 4 * 1000**4
+_MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,59 @@ class Fit:
     d: Matrix  # [N, K/128]
     packed: npt.NDArray[np.uint8] | None  # other sign bits [N, K/8], where some were chosen
     error: float  # rms of the outputs' error, relative to the outputs with the adapter's part
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFit:
+    """What stands for all that doesn't fold; nothing, where all folds."""
+
+    folds: tuple[LayerFold, ...]
+    linears: Mapping[str, Fit] = field(default_factory=dict)
+    tokens: int = 0  # of the text that was fitted to
+    most_tokens: int = 0  # that a fit of this model may take
+    widest: int = 0  # inputs of the widest linear among them
+
+    def advice(self) -> str | None:
+        """What would make it better."""
+        wanted, text = _TOKENS_AN_INPUT * self.widest, "--calibration-text FILE gives a better one"
+        if self.tokens < self.widest and self.tokens == self.most_tokens:
+            return f"a fit of a model of this size takes {self.tokens:,} tokens, fewer than its {self.widest:,} inputs"
+        if self.tokens < self.widest:
+            return f"{self.tokens:,} tokens are few for a fit of {self.widest:,} inputs; {text}"
+        if self.tokens < wanted <= self.most_tokens:
+            return f"from {wanted:,} tokens on signs are fitted too, which may halve the loss; {text}"
+        return None
+
+
+def fit_model(weights: Weights, found: Exactness, ids: Sequence[int] | None, *, resident: bool) -> ModelFit:
+    """Fit what doesn't fold to as many of `ids` as are affordable. Raises UsageError where there are none, but needed."""
+    if found.exact:
+        return ModelFit(folds=found.folds)
+    if not ids:
+        raise UsageError("scales that differ between linears must be fitted to a text; give one of at least one token")
+    # 1. Inputs of the lossy linears; those that share one are named by the first.
+    first = {place: name for name, place in reversed(INPUT_OF.items())}
+    watched = {
+        f"model.layers.{layer}.{first[INPUT_OF[name]]}" for layer, fold in enumerate(found.folds) for name in fold.lossy
+    }
+    most_tokens = _affordable(weights, watched)
+    ids = list(ids)[:most_tokens]
+    inputs = record_inputs(weights, ids, watched, resident=resident)
+    # 2. Gammas, now that the size of inputs is known, and d.
+    folds: list[LayerFold] = []
+    fitted: dict[str, Fit] = {}
+    for layer in range(len(found.folds)):
+        prefix = f"model.layers.{layer}."
+        known = {place: inputs[f"{prefix}{name}"] for place, name in first.items() if f"{prefix}{name}" in inputs}
+        fold = column_fold(weights, layer, {place: rms(x) for place, x in known.items()})
+        folds.append(fold)
+        for name in fold.lossy:
+            place = INPUT_OF[name]
+            linear: Any = weights.linear(f"{prefix}{name}")
+            packed, ratio, _, a = fold.parts(name, linear)
+            fitted[f"{prefix}{name}"] = fit_linear(packed, ratio, a, known[place] * fold.gamma[place])
+    widest = max(x.shape[1] for x in inputs.values())
+    return ModelFit(folds=tuple(folds), linears=fitted, tokens=len(ids), most_tokens=most_tokens, widest=widest)
 
 
 def record_inputs(weights: Weights, ids: Sequence[int], names: Collection[str], *, resident: bool) -> dict[str, Matrix]:
@@ -59,7 +122,7 @@ def fit_linear(
     """The fit for sign bits [N, K/8], ratio [K] and the adapter's a [K]; `inputs` [tokens, K] are x', so with gamma."""
     d, error = fit_scales(packed, packed, ratio, a, inputs)
     chosen = None
-    if len(inputs) >= TOKENS_AN_INPUT * inputs.shape[1]:
+    if len(inputs) >= _TOKENS_AN_INPUT * inputs.shape[1]:
         for _ in range(_ROUNDS):
             signs = choose_signs(packed, ratio, d, inputs)
             new_d, new_error = fit_scales(signs, packed, ratio, a, inputs)
@@ -135,6 +198,13 @@ def _uncorrelated(ratio: npt.NDArray[np.float32], inputs: Matrix) -> npt.NDArray
         (ratio.reshape(-1, BLOCK_SIZE) * power).sum(axis=1) / power.sum(axis=1)
     ).astype(np.float32)
     return weighted
+
+
+def _affordable(weights: Weights, watched: Collection[str]) -> int:
+    shapes = weights.config.linear_shapes()
+    token_bytes = 4 * sum(shapes[name.split(".", 3)[3]][1] for name in watched)
+    by_work = _MULTIPLY_ADDS // matrix_parameters(weights.config)
+    return max(16, min(_MOST_TOKENS, _INPUT_BYTES // token_bytes, by_work))
 
 
 class _Recorder(Reference):

@@ -72,7 +72,12 @@ class LayerFold:
 class Exactness:
     """Whether Q1_0 and an adapter hold a model exactly, and if not, which linears they don't."""
 
-    lossy: tuple[str, ...]
+    folds: tuple[LayerFold, ...]  # one a layer with scales per input, else none
+
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """Whole names."""
+        return tuple(f"{_prefix(layer)}{linear}" for layer, fold in enumerate(self.folds) for linear in fold.lossy)
 
     @property
     def exact(self) -> bool:
@@ -81,11 +86,8 @@ class Exactness:
 
 def exactness(weights: Weights) -> Exactness:
     """By the scales that are there, whatever a config says. A full-precision model has nothing to lose here."""
-    lossy: list[str] = []
-    if weights.config.scaling_pattern == "column":
-        for layer in range(weights.config.num_hidden_layers):
-            lossy += [f"{_prefix(layer)}{linear}" for linear in column_fold(weights, layer).lossy]
-    return Exactness(lossy=tuple(lossy))
+    layers = range(weights.config.num_hidden_layers if weights.config.scaling_pattern == "column" else 0)
+    return Exactness(folds=tuple(column_fold(weights, layer) for layer in layers))
 
 
 def column_fold(weights: Weights, layer: int, sizes: Mapping[str, Vector] = MappingProxyType({})) -> LayerFold:

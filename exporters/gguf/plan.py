@@ -13,7 +13,7 @@ head by head. It does not in Qwen3. An FFN that is no multiple of 128 is padded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig
-from fbiedge.errors import CheckpointError
+from fbiedge.errors import CheckpointError, UsageError
+from fbiedge.gguf_model import ROPE_FACTORS, gguf_name
 from fbiedge.rope import rope_frequencies
 from fbiedge.weights import BinaryLinear, Weights
 
@@ -32,16 +33,6 @@ from .adapter import Adapter
 from .folded import FoldedModel
 from .q1_0 import q1_0_blocks, row_bytes
 from .storage import TYPES, GgufOptions, Storage, stored_form, stored_row
-
-_LINEARS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +58,26 @@ def padded_ffn(config: ModelConfig) -> int:
 
 
 def check_shapes(config: ModelConfig, options: GgufOptions) -> None:
-    """Blocks must fill a row. Raises CheckpointError, which names the tensor that they don't."""
+    """Blocks must fill a row. Raises CheckpointError or, for a form that was chosen, UsageError; both name the tensor."""
     binary = config.scaling_pattern != "none"
-    rows: list[tuple[str, int, int]] = []
-    for name, (_, k) in config.linear_shapes().items():
-        size = BLOCK_SIZE if binary else _block(options.head)
-        if name != "mlp.down_proj" or not binary:  # which is padded
-            rows.append((f"model.layers.0.{name}", k, size))
-    rows.append(("model.embed_tokens.weight", config.hidden_size, _block(options.embedding)))
-    rows.append(("lm_head.weight", config.hidden_size, _block(options.head)))
-    for name, k, size in rows:
-        if k % size:
+    inputs = {f"model.layers.0.{name}": k for name, (_, k) in config.linear_shapes().items()}
+    for name, k in inputs.items() if binary else ():
+        if k % BLOCK_SIZE and not name.endswith("mlp.down_proj"):  # which is padded
             raise CheckpointError(
-                f"{name} has {k} inputs, but GGUF holds it in blocks of {size}: a model needs a multiple of {size} there "
-                "(only the FFN is padded)"
+                f"{name} has {k} inputs, but GGUF holds it in blocks of {BLOCK_SIZE}: a model needs a multiple of "
+                f"{BLOCK_SIZE} there (only the FFN is padded)"
+            )
+    _check_form("embedding", options.embedding, {"model.embed_tokens.weight": config.hidden_size})
+    _check_form("head", options.head, ({} if binary else inputs) | {"lm_head.weight": config.hidden_size})
+
+
+def _check_form(option: str, chosen: Storage, inputs: Mapping[str, int]) -> None:
+    fitting = [form for form in TYPES if not any(k % _block(form) for k in inputs.values())]
+    for name, k in inputs.items():
+        if k % _block(chosen):
+            raise UsageError(
+                f"{option} can't be {chosen}: {name} has {k} inputs, which don't fill blocks of {_block(chosen)}; "
+                f"{' or '.join(fitting)} fits"
             )
 
 
@@ -89,37 +86,33 @@ def plan_tensors(
 ) -> Iterator[PlannedTensor]:
     """All tensors in the order of use. Reading a binary linear adds its beta to `adapter`."""
     config = weights.config
-    yield _table(weights, "model.embed_tokens.weight", "token_embd.weight", "embedding", options.embedding)
+    yield _table(weights, "model.embed_tokens.weight", "embedding", options.embedding)
     divisors = _rope_divisors(config)
     if divisors is not None:
-        yield _vector("rope_freqs.weight", len(divisors), "rope", lambda: divisors, parameters=0)
+        yield _vector(ROPE_FACTORS, len(divisors), "rope", lambda: divisors, parameters=0)
     for layer in range(config.num_hidden_layers):
-        prefix, block = f"model.layers.{layer}.", f"blk.{layer}."
-        yield _norm(model, f"{prefix}input_layernorm.weight", f"{block}attn_norm.weight", config.hidden_size)
-        for name, short in _LINEARS.items():
+        prefix = f"model.layers.{layer}."
+        yield _norm(model, f"{prefix}input_layernorm.weight", config.hidden_size)
+        for name in config.linear_shapes():
             if name == "mlp.gate_proj":
-                ffn_norm = f"{prefix}post_attention_layernorm.weight"
-                yield _norm(model, ffn_norm, f"{block}ffn_norm.weight", config.hidden_size)
+                yield _norm(model, f"{prefix}post_attention_layernorm.weight", config.hidden_size)
             if config.scaling_pattern == "none":
-                yield _dense_linear(weights, prefix, block, name, options.head)
+                yield _dense_linear(weights, prefix, name, options.head)
             else:
-                yield _binary_linear(model, prefix, block, name, adapter, losses)
+                yield _binary_linear(model, prefix, name, adapter, losses)
             if config.model_type == "qwen3" and name in ("self_attn.q_proj", "self_attn.k_proj"):
-                norm = f"{prefix}{name.removesuffix('_proj')}_norm.weight"
-                yield _norm(model, norm, f"{block}{short}_norm.weight", config.head_dim)
-    yield _norm(model, "model.norm.weight", "output_norm.weight", config.hidden_size)
+                yield _norm(model, f"{prefix}{name.removesuffix('_proj')}_norm.weight", config.head_dim)
+    yield _norm(model, "model.norm.weight", config.hidden_size)
     if not config.tie_word_embeddings:
-        yield _table(weights, "lm_head.weight", "output.weight", "head", options.head)
+        yield _table(weights, "lm_head.weight", "head", options.head)
 
 
-def _binary_linear(
-    model: FoldedModel, prefix: str, block: str, name: str, adapter: Adapter, losses: Losses
-) -> PlannedTensor:
+def _binary_linear(model: FoldedModel, prefix: str, name: str, adapter: Adapter, losses: Losses) -> PlannedTensor:
     config = model.weights.config
     n, k = config.linear_shapes()[name]
     rows = padded_ffn(config) if name in ("mlp.gate_proj", "mlp.up_proj") else n
     inputs = padded_ffn(config) if name == "mlp.down_proj" else k
-    stored = f"{block}{_LINEARS[name]}.weight"
+    stored = gguf_name(f"{prefix}{name}.weight")
 
     def read() -> npt.NDArray[np.uint8]:
         linear = model.linear(f"{prefix}{name}")
@@ -143,7 +136,7 @@ def _binary_linear(
     return PlannedTensor(spec=spec, kind=TYPES["q1_0"], read=read)
 
 
-def _dense_linear(weights: Weights, prefix: str, block: str, name: str, storage: Storage) -> PlannedTensor:
+def _dense_linear(weights: Weights, prefix: str, name: str, storage: Storage) -> PlannedTensor:
     config = weights.config
 
     def values() -> npt.NDArray[np.float32]:
@@ -154,12 +147,12 @@ def _dense_linear(weights: Weights, prefix: str, block: str, name: str, storage:
         return weight if order is None else weight[order]
 
     group = "attention" if name.startswith("self_attn") else "mlp"
-    return _matrix(f"{block}{_LINEARS[name]}.weight", config.linear_shapes()[name], group, storage, values)
+    return _matrix(gguf_name(f"{prefix}{name}.weight"), config.linear_shapes()[name], group, storage, values)
 
 
-def _table(weights: Weights, name: str, stored: str, group: str, storage: Storage) -> PlannedTensor:
+def _table(weights: Weights, name: str, group: str, storage: Storage) -> PlannedTensor:
     shape = (weights.config.vocab_size, weights.config.hidden_size)
-    return _matrix(stored, shape, group, storage, lambda: weights.tensor(name))
+    return _matrix(gguf_name(name), shape, group, storage, lambda: weights.tensor(name))
 
 
 def _matrix(
@@ -178,8 +171,8 @@ def _matrix(
     return PlannedTensor(spec=spec, kind=TYPES[storage], read=read)
 
 
-def _norm(model: FoldedModel, name: str, stored: str, size: int) -> PlannedTensor:
-    return _vector(stored, size, "norms", lambda: model.norm(name), parameters=size)
+def _norm(model: FoldedModel, name: str, size: int) -> PlannedTensor:
+    return _vector(gguf_name(name), size, "norms", lambda: model.norm(name), parameters=size)
 
 
 def _vector(
@@ -217,9 +210,3 @@ def _padded(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]
 
 def _block(storage: Storage) -> int:
     return gguf.GGML_QUANT_SIZES[TYPES[storage]][0]
-
-
-def matrix_parameters(config: ModelConfig) -> int:
-    """Weights that a token is multiplied with."""
-    layer = sum(prod(shape) for shape in config.linear_shapes().values())
-    return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size

@@ -1,4 +1,4 @@
-"""How embedding and head are held: the forms, and what each makes of the numbers."""
+"""How embedding and head are held, and the linears of a full-precision model: the forms, and what each makes of the numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GgufOptions:
     """Raises UsageError for a value that isn't one of those listed."""
 
     embedding: Storage = "f16"
-    head: Storage = "f16"  # also of the linears of an ordinary Llama
+    head: Storage = "f16"  # also of the linears of a full-precision model
 
     def __post_init__(self) -> None:
         for name in ("embedding", "head"):

@@ -83,13 +83,18 @@ def test_an_exact_model(export: Run, exact: Path, tmp_path: Path) -> None:
 def test_a_lossy_model(export: Run, official: Path, tmp_path: Path) -> None:
     out_path = tmp_path / "model.gguf"
     message = line(export(official, "-o", out_path))
+    assert re.search(r"fitted to [\d,]+ tokens, .* on 128 others", message)  # of two built-in texts
     assert "12 linears" in message and "--allow-lossy" in message and "--scaling column-shared" in message
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    (tmp_path / "text.txt").write_text("A text to fit to. " * 20)
+    (tmp_path / "text.txt").write_text("A text to fit to. " * 5)
     code, out, err = export(official, "-o", out_path, "--allow-lossy", "--calibration-text", tmp_path / "text.txt")
     assert (code, err) == (0, "")
     assert len(re.findall(r"^model\.layers\.\d\.\S+_proj +\d+\.\d\d %$", out, re.MULTILINE)) == 12
-    assert re.search(r"^lossy: 12 linears were fitted to \d+ tokens", out, re.MULTILINE)
+    assert re.search(r"^lossy: 12 linears were fitted to 91 tokens and measured on 128 others$", out, re.MULTILINE)
+    assert "note: 91 tokens are few for a fit of 128 inputs; --calibration-text FILE gives a better one" in out
+    same = ("--calibration-text", tmp_path / "text.txt", "--verify-text", tmp_path / "text.txt")
+    code, out, _ = export(official, "-o", out_path, "--allow-lossy", *same)
+    assert code == 0 and "were fitted to 45 tokens and measured on 46 others" in out
     assert re.search(r"^of the GGUF: perplexity .*, KL divergence .* nats", out, re.MULTILINE)
 
 
@@ -129,6 +134,39 @@ def test_options_of_the_other_format(export: Run, exact: Path, tmp_path: Path) -
     message = line(export(exact, "-o", tmp_path / "model.gguf", "--head", "int8"))
     assert "head is 'int8', expected one of f16, q8_0, q1_0, f32" in message
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_options_without_effect(export: Run, exact: Path, tmp_path: Path) -> None:
+    gguf_checkpoint(tmp_path / "in/tied", gguf_config("block", tie_word_embeddings=True))
+    message = line(export(tmp_path / "in/tied", "-o", tmp_path / "model.gguf", "--head", "q8_0"))
+    assert "--head has no effect" in message and "--embedding decides" in message
+    message = line(export(exact, "-o", tmp_path / "model.gguf", "--calibration-text", exact / "config.json"))
+    assert "--calibration-text has no effect: nothing of this model needs a fit" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_head_of_a_full_precision_model_is_the_form_of_its_linears(export: Run, tmp_path: Path) -> None:
+    gguf_checkpoint(tmp_path / "in", gguf_config("none", tie_word_embeddings=True, intermediate_size=256))
+    code, out, _ = export(tmp_path / "in", "-o", tmp_path / "model.gguf", "--head", "q8_0")
+    assert code == 0 and re.search(r"^mlp +Q8_0 ", out, re.MULTILINE) and "its linears are exact" not in out
+    tensors = GgufFile.open(tmp_path / "model.gguf").tensors
+    assert (tensors["blk.0.ffn_up.weight"].ggml_type, tensors["token_embd.weight"].ggml_type) == ("Q8_0", "F16")
+
+
+@pytest.mark.parametrize("option", ["name", "license", "base-model"])
+def test_a_text_of_two_lines_or_no_utf8(export: Run, exact: Path, tmp_path: Path, option: str) -> None:
+    for text in ("two\nlines", "\udcff"):
+        message = line(export(exact, "-o", tmp_path / "model.gguf", f"--{option}", text))
+        assert f"{option.replace('-', '_')} is {text!r}, expected one line" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_without_llama_cpp(export: Run, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    code, out, _ = export(exact, "-o", tmp_path / "model.gguf")
+    assert code == 0 and re.search(
+        r"^not run in llama.cpp: .*isn't installed.* pip install 'fbiedge\[gguf\]'$", out, re.MULTILINE
+    )
 
 
 def test_gguf_to_gguf(export: Run, exact: Path, tmp_path: Path) -> None:

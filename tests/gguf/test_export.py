@@ -18,8 +18,7 @@ from support.stock_llama_cpp import StockLlamaCpp
 
 from fbiedge.errors import CheckpointError, ModelFileError, OutputError, UsageError
 from fbiedge.exporters.gguf import GgufReport, Provenance, adapter_path, export_gguf, open_gguf
-from fbiedge.exporters.gguf.export import binary_bits
-from fbiedge.exporters.gguf.fold import column_fold
+from fbiedge.exporters.gguf.fold import exactness
 from fbiedge.exporters.gguf.folded import DenseWeights, FoldedModel
 from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.gguf_file import GgufFile
@@ -74,8 +73,7 @@ def test_stock_llama_cpp_computes_the_same(tmp_path: Path, pattern: Any, changes
 def test_without_its_8_bits_llama_cpp_is_near(tmp_path: Path, model_type: Any) -> None:
     """The same folded weights, with beta, in float32: what is left is the rounding of scales to fp16."""
     weights = gguf_checkpoint(tmp_path / "in", gguf_config(model_type=model_type))
-    folds = tuple(column_fold(weights, layer) for layer in range(2))
-    dense = DenseWeights(model=FoldedModel(weights=weights, folds=folds, fitted={}))
+    dense = DenseWeights(model=FoldedModel(weights=weights, folds=exactness(weights).folds, fitted={}))
     report = export_gguf(dense, tmp_path / "model.gguf", head="f32", embedding="f32")
     assert relative(llama_cpp_logits(report), expected_logits(weights)) < 5e-3
 
@@ -143,12 +141,75 @@ def test_forms_of_embedding_and_head(tmp_path: Path, embedding: Any, head: Any, 
 def test_what_embedding_and_head_lose_is_part_of_the_cost(form: Any, tmp_path: Path) -> None:
     """The numbers printed are those of the file's own tensors, as the reader finds them."""
     weights = gguf_checkpoint(tmp_path / "in", gguf_config("block"))
-    report = export_gguf(weights, tmp_path / "model.gguf", embedding=form, head=form, verify_ids=IDS)
+    report = export_gguf(
+        weights, tmp_path / "model.gguf", embedding=form, head=form, verify_ids=IDS, allow_lossy=form == "q1_0"
+    )
     stored = Reference(open_gguf(report.model)).logits(IDS)
     expected = compare_logits(Reference(weights).logits(IDS), stored)
     assert report.costs is not None
     assert report.costs.with_adapter.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-2)
     assert (expected.kl_divergence > 1e-3) == (form == "q1_0")
+
+
+@pytest.mark.parametrize("options", [{"embedding": "q1_0"}, {"head": "q1_0"}, {"embedding": "q1_0", "head": "q1_0"}])
+def test_a_form_that_loses_much_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config("block"))
+    forms = " and ".join(f"{option} q1_0" for option in options)
+    parts = ("KL divergence", "nats, perplexity", "on 20 tokens", "--allow-lossy", "choose q8_0 or f16")
+    with raises_line(UsageError, f"{forms} would lose much of this model", *parts):
+        export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_table_that_is_binary_loses_nothing_as_q1_0(tmp_path: Path) -> None:
+    def binary(tensors: dict[str, np.ndarray]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = np.where(tensors[name] < 0, -0.5, 0.5).astype(np.float32)
+
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config("block"), edit=binary)
+    report = export_gguf(weights, tmp_path / "model.gguf", embedding="q1_0", head="q1_0", verify_ids=IDS)
+    assert report.costs and report.costs.with_adapter.kl_divergence < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("calibration", "measured", "fitted", "on"),
+    [
+        (IDS, IDS, 10, 10),
+        (IDS[:15], IDS, 10, 10),  # one text, of which both get a part
+        (IDS, IDS[:4], 10, 10),
+        (IDS[:3], IDS[:3], 1, 2),
+        (IDS[::-1], IDS, 20, 20),
+    ],
+)
+def test_no_text_is_fitted_to_and_measured_on(
+    tmp_path: Path, calibration: list[int], measured: list[int], fitted: int, on: int
+) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
+    report = export_gguf(
+        weights, tmp_path / "model.gguf", allow_lossy=True, calibration_ids=calibration, verify_ids=measured
+    )
+    assert report.costs and (report.fit_tokens, report.costs.tokens) == (fitted, on)
+    if on == 10:  # and they are the others
+        got = StockLlamaCpp(report.model, report.adapter or Path())
+        loss = compare_logits(Reference(weights).logits(IDS[10:]), got.logits(IDS[10:])).kl_divergence
+        got.close()
+        assert report.costs.in_llama_cpp and report.costs.in_llama_cpp.kl_divergence == pytest.approx(loss, rel=0.01)
+
+
+def test_what_is_not_run_in_llama_cpp_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fbiedge.exporters.gguf import cost
+
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config("block"))
+
+    def missing() -> None:
+        raise UsageError("it isn't installed")
+
+    monkeypatch.setattr(cost, "load_library", missing)
+    costs = export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS).costs
+    assert costs and costs.in_llama_cpp is None and costs.not_run == "it isn't installed"
+    monkeypatch.setattr(cost, "RESIDENT_LIMIT_BYTES", 1000)
+    costs = export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS).costs
+    assert costs and costs.in_llama_cpp is None and "in float32 are not run there" in str(costs.not_run)
 
 
 def test_a_lossy_model_is_refused_with_numbers_and_a_way_out(tmp_path: Path) -> None:
@@ -157,7 +218,8 @@ def test_a_lossy_model_is_refused_with_numbers_and_a_way_out(tmp_path: Path) -> 
         with raises_line(UsageError, "must be fitted to a text"):
             export_gguf(weights, tmp_path / "model.gguf", calibration_ids=ids, verify_ids=IDS)
     with raises_line(
-        UsageError, "12 linears (q, k, v, gate, up, o)", "% rms", "KL divergence", "perplexity", "--allow-lossy",
+        UsageError, "12 linears (q, k, v, gate, up, o)", "fitted to 10 tokens", "% rms there", "KL divergence", "perplexity",
+        "on 10 others", "10 tokens are few for a fit of 128 inputs; --calibration-text FILE gives", "--allow-lossy",
         "fbiedge train --init CHECKPOINT --scaling column-shared",
     ):  # fmt: skip
         export_gguf(weights, tmp_path / "model.gguf", calibration_ids=IDS, verify_ids=IDS)
@@ -231,7 +293,7 @@ def test_size(tmp_path: Path) -> None:
     """1.125 bits a binary weight plus the rest, within 1 %."""
     config = gguf_config("block", hidden_size=512, intermediate_size=1536, head_dim=128, num_hidden_layers=4)
     report = export_gguf(gguf_checkpoint(tmp_path / "in", config), tmp_path / "model.gguf")
-    assert binary_bits(report) == 1.125
+    assert {row["bits_per_weight"] for row in report.inventory if row["form"] == "Q1_0"} == {1.125}
     linears = config.num_hidden_layers * sum(n * k for n, k in config.linear_shapes().values())
     rest = 2 * 2 * config.vocab_size * config.hidden_size + 4 * (2 * config.num_hidden_layers + 1) * config.hidden_size
     assert report.model_bytes == report.model.stat().st_size
@@ -249,6 +311,32 @@ def test_inputs_that_fill_no_blocks(tmp_path: Path, changes: dict[str, Any], nam
     weights = gguf_checkpoint(tmp_path / "in", gguf_config(**changes))
     with raises_line(CheckpointError, f"{name} has {inputs} inputs", "in blocks of 128"):
         export_gguf(weights, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "options", "parts"),
+    [
+        ("none", {"intermediate_size": 192}, {"head": "q1_0"}, ["mlp.down_proj has 192 inputs", "f32 or f16 or q8_0 fits"]),
+        ("none", {}, {"head": "q1_0"}, ["head can't be q1_0: model.layers.0.mlp.down_proj has 200 inputs"]),
+        ("none", {"intermediate_size": 201}, {"head": "q8_0"}, ["down_proj has 201 inputs", "of 32; f32 or f16 fits"]),
+        ("none", {"hidden_size": 96}, {"embedding": "q1_0"}, ["embedding can't be q1_0: model.embed_tokens.weight has 96"]),
+    ],
+)  # fmt: skip
+def test_forms_that_do_not_fit(
+    tmp_path: Path, pattern: Any, changes: dict[str, Any], options: dict[str, Any], parts: list[str]
+) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config(pattern, **changes))
+    with raises_line(UsageError, *parts):
+        export_gguf(weights, tmp_path / "model.gguf", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "a\x1b[31m", "bytes \udcff", "a\u2028b"])
+def test_provenance_is_one_line_of_text(text: str) -> None:
+    for field in ("name", "license", "base_model"):
+        with raises_line(UsageError, f"{field} is ", "expected one line of valid UTF-8 without control characters"):
+            Provenance(**{field: text})
+    assert Provenance(name="Ünï 👩‍🔬").name == "Ünï 👩‍🔬"
 
 
 def test_a_new_model_without_beta_takes_the_old_adapter_away(tmp_path: Path) -> None:
@@ -275,7 +363,10 @@ def test_what_is_no_adapter_of_ours_stays(tmp_path: Path, pattern: Any, kind: st
         OutputError, f"{beta} lies where the adapter goes and isn't one of ours; move it, or choose another"
     ):
         export_gguf(gguf_checkpoint(tmp_path / "in", gguf_config(pattern)), target)
-    assert beta.lstat().st_ino == before and sorted(path.name for path in tmp_path.iterdir()) == ["in", "model.beta.gguf"]
+    assert beta.lstat().st_ino == before and sorted(path.name for path in tmp_path.iterdir()) == [
+        "in",
+        "model.beta.gguf",
+    ]
 
 
 def test_a_file_that_comes_while_the_export_runs_stays(tmp_path: Path) -> None:

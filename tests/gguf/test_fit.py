@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.gguf_checkpoints import IDS, gguf_checkpoint, gguf_config
 
 from fbiedge.bits import pack_bits, unpack_bits
-from fbiedge.exporters.gguf.export import _fold
-from fbiedge.exporters.gguf.fit import choose_signs, fit_linear, fit_scales, record_inputs, rms
-from fbiedge.exporters.gguf.folded import DenseWeights
+from fbiedge.exporters.gguf.fit import (
+    Fit,
+    ModelFit,
+    choose_signs,
+    fit_linear,
+    fit_model,
+    fit_scales,
+    record_inputs,
+    rms,
+)
+from fbiedge.exporters.gguf.fold import exactness
+from fbiedge.exporters.gguf.folded import DenseWeights, FoldedModel
 from fbiedge.reference import Reference, rms_norm
 
 GENERATOR = np.random.default_rng(0)
@@ -102,10 +113,29 @@ def test_a_lossy_model_keeps_most(tmp_path: Path) -> None:
     """The fitted model is nearer to the original than one whose d are the plain mean."""
     weights = gguf_checkpoint(tmp_path, gguf_config(), shared=False)
     ids = [int(token) for token in GENERATOR.integers(0, 259, 200)]
-    model, errors, tokens = _fold(weights, ids)
-    assert tokens == 200 and len(errors) == 2 * 6 and all(0 < error < 1 for error in errors.values())
+    fit = fit_model(weights, exactness(weights), ids, resident=True)
+    assert (fit.tokens, fit.widest) == (200, 128) and len(fit.linears) == 2 * 6
+    assert all(0 < one.error < 1 for one in fit.linears.values())
+    plain = {name: replace(one, d=np.full_like(one.d, 1)) for name, one in fit.linears.items()}
     expected = Reference(weights).logits(IDS)
-    loss = np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean()
-    plain = {name: replace(fit, d=np.full_like(fit.d, 1)) for name, fit in model.fitted.items()}
-    object.__setattr__(model, "fitted", plain)
-    assert loss < np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean()
+
+    def loss(fitted: Mapping[str, Fit]) -> float:
+        model = FoldedModel(weights=weights, folds=fit.folds, fitted=fitted)
+        return float(np.abs(Reference(DenseWeights(model=model)).logits(IDS) - expected).mean())
+
+    assert loss(fit.linears) < loss(plain)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "parts"),
+    [
+        (200, 240, ["200 tokens are few for a fit of 256 inputs", "--calibration-text FILE gives a better one"]),
+        (240, 240, ["a fit of a model of this size takes 240 tokens, fewer than its 256 inputs"]),
+        (300, 4096, ["from 512 tokens on signs are fitted too", "--calibration-text FILE"]),
+        (300, 400, []),
+        (512, 4096, []),
+    ],
+)
+def test_what_would_make_a_fit_better(tokens: int, most: int, parts: list[str]) -> None:
+    advice = ModelFit(folds=(), tokens=tokens, most_tokens=most, widest=256).advice()
+    assert (advice is None) == (not parts) and all(part in (advice or "") for part in parts)

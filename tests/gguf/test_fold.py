@@ -10,7 +10,7 @@ import pytest
 from support.gguf_checkpoints import IDS, gguf_checkpoint, gguf_config, relative
 
 from fbiedge.exporters.gguf import exactness
-from fbiedge.exporters.gguf.fold import column_fold, flip_columns
+from fbiedge.exporters.gguf.fold import flip_columns
 from fbiedge.exporters.gguf.folded import DenseWeights, FoldedModel
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights
@@ -19,8 +19,7 @@ HALF = 2.0**-11  # the relative error of a number in fp16
 
 
 def folded(weights: Weights) -> FoldedModel:
-    layers = range(weights.config.num_hidden_layers if weights.config.scaling_pattern == "column" else 0)
-    return FoldedModel(weights=weights, folds=tuple(column_fold(weights, layer) for layer in layers), fitted={})
+    return FoldedModel(weights=weights, folds=exactness(weights).folds, fitted={})
 
 
 def logits(weights: Weights) -> np.ndarray:
