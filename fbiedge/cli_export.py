@@ -111,10 +111,10 @@ def _format(source: Path, output: Path, to: str | None) -> str:
     """Which one is wanted. Raises UsageError for one that can't be written there."""
     from .engines import is_gguf
 
-    kind = to or ("gguf" if output.suffix == ".gguf" else "onnx")
+    kind = to or ("gguf" if output.suffix.lower() == ".gguf" else "onnx")
     if kind not in FORMATS:
         raise UsageError(f"format is {kind!r}, expected {' or '.join(FORMATS)}")
-    if output.is_file() and output.suffix != f".{kind}":
+    if output.is_file() and output.suffix.lower() != f".{kind}":
         raise UsageError(f"{output} exists and is not a .{kind} file; choose another name for the model")
     if kind == "gguf" and is_gguf(source):
         raise UsageError(f"{source} is a GGUF already; give a checkpoint or a model.onnx, or export it with --to onnx")

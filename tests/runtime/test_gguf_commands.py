@@ -252,7 +252,10 @@ def test_an_export_and_its_adapter_are_what_was_exported(fbiedge: Run, tmp_path:
         head_dim=32,
     )  # fmt: skip
     model, bounds = tmp_path / "model.gguf", ["--max-kl", 0.1, "--min-agreement", 0.8]
-    assert fbiedge("export", tmp_path / "checkpoint", "-o", model)[0] == 0
+    upper = tmp_path / "UP.GGUF"
+    for output in (model, upper, upper):  # which replaces itself
+        assert fbiedge("export", tmp_path / "checkpoint", "-o", output)[0] == 0
+    assert upper.read_bytes()[:4] == b"GGUF" and (tmp_path / "UP.beta.gguf").is_file()
     code, out, err = fbiedge("verify", tmp_path / "checkpoint", model, *bounds, *ONE)
     assert (code, err) == (0, "") and "Q1_0 layers with model.beta.gguf" in out and "8 bits" not in out
     code, out, _ = fbiedge("verify", tmp_path / "checkpoint", model, *ONE)
