@@ -81,10 +81,7 @@ def export(
         if value is not None:
             other = "onnx" if kind == "gguf" else "gguf"
             raise UsageError(f"--{option} is for --to {other}, and this goes to {kind}; leave it out")
-    texts = _Texts(
-        measured=read_text(verify_text) if verify_text else None,
-        fitted=read_text(calibration_text) if calibration_text else None,
-    )
+    texts = _Texts(measured=_read_some(verify_text), fitted=_read_some(calibration_text))
     weights = _open(source, {"tokenizer.json": read_text(tokenizer)} if tokenizer else {})
     _require_tokenizer(weights, source, kind)
     forms = {option: value for option, value in (("head", head), ("embedding", embedding)) if value is not None}
@@ -127,6 +124,16 @@ class _Texts:
 
     measured: str | None
     fitted: str | None
+
+
+def _read_some(path: Path | None) -> str | None:
+    """The text in `path`. Raises UsageError, also where there is none: a tokenizer may begin with a token of its own."""
+    if path is None:
+        return None
+    text = read_text(path)
+    if not text.strip():
+        raise UsageError(f"{path} holds no text; give one of a few sentences")
+    return text
 
 
 def _open(source: Path, brought: dict[str, str]) -> Any:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.errors import raises_line
 from support.gguf_checkpoints import FILES, IDS, gguf_checkpoint, gguf_config
 
 from fbiedge import cli
+from fbiedge.errors import UsageError
+from fbiedge.exporters.gguf import Provenance
 from fbiedge.gguf_file import GgufFile
 from fbiedge.session import Session
 from fbiedge.weights import open_checkpoint
@@ -22,6 +25,8 @@ Run = Callable[..., tuple[int, str, str]]
 LIMITED = """
 import resource, sys
 from fbiedge import cli
+from fbiedge.errors import UsageError
+from fbiedge.exporters.gguf import Provenance
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(cli.run(sys.argv[1:]))
 """
@@ -92,6 +97,9 @@ def test_a_lossy_model(export: Run, official: Path, tmp_path: Path) -> None:
     assert len(re.findall(r"^model\.layers\.\d\.\S+_proj +\d+\.\d\d %$", out, re.MULTILINE)) == 12
     assert re.search(r"^lossy: 12 linears were fitted to 91 tokens and measured on 128 others$", out, re.MULTILINE)
     assert "note: 91 tokens are few for a fit of 128 inputs; --calibration-text FILE gives a better one" in out
+    (tmp_path / "empty.txt").write_text("")
+    message = line(export(official, "-o", out_path, "--allow-lossy", "--calibration-text", tmp_path / "empty.txt"))
+    assert "empty.txt holds no text; give one of a few sentences" in message
     same = ("--calibration-text", tmp_path / "text.txt", "--verify-text", tmp_path / "text.txt")
     code, out, _ = export(official, "-o", out_path, "--allow-lossy", *same)
     assert code == 0 and "were fitted to 45 tokens and measured on 46 others" in out
@@ -151,6 +159,14 @@ def test_the_head_of_a_full_precision_model_is_the_form_of_its_linears(export: R
     assert code == 0 and re.search(r"^mlp +Q8_0 ", out, re.MULTILINE) and "its linears are exact" not in out
     tensors = GgufFile.open(tmp_path / "model.gguf").tensors
     assert (tensors["blk.0.ffn_up.weight"].ggml_type, tensors["token_embd.weight"].ggml_type) == ("Q8_0", "F16")
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "a\x1b[31m", "bytes \udcff", "a\u2028b"])
+def test_provenance_is_one_line_of_text(text: str) -> None:
+    for field in ("name", "license", "base_model"):
+        with raises_line(UsageError, f"{field} is ", "expected one line of valid UTF-8 without control characters"):
+            Provenance(**{field: text})
+    assert Provenance(name="Ünï 👩‍🔬").name == "Ünï 👩‍🔬"
 
 
 @pytest.mark.parametrize("option", ["name", "license", "base-model"])

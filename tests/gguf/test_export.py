@@ -171,31 +171,6 @@ def test_a_table_that_is_binary_loses_nothing_as_q1_0(tmp_path: Path) -> None:
     assert report.costs and report.costs.with_adapter.kl_divergence < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("calibration", "measured", "fitted", "on"),
-    [
-        (IDS, IDS, 10, 10),
-        (IDS[:15], IDS, 10, 10),  # one text, of which both get a part
-        (IDS, IDS[:4], 10, 10),
-        (IDS[:3], IDS[:3], 1, 2),
-        (IDS[::-1], IDS, 20, 20),
-    ],
-)
-def test_no_text_is_fitted_to_and_measured_on(
-    tmp_path: Path, calibration: list[int], measured: list[int], fitted: int, on: int
-) -> None:
-    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
-    report = export_gguf(
-        weights, tmp_path / "model.gguf", allow_lossy=True, calibration_ids=calibration, verify_ids=measured
-    )
-    assert report.costs and (report.fit_tokens, report.costs.tokens) == (fitted, on)
-    if on == 10:  # and they are the others
-        got = StockLlamaCpp(report.model, report.adapter or Path())
-        loss = compare_logits(Reference(weights).logits(IDS[10:]), got.logits(IDS[10:])).kl_divergence
-        got.close()
-        assert report.costs.in_llama_cpp and report.costs.in_llama_cpp.kl_divergence == pytest.approx(loss, rel=0.01)
-
-
 def test_what_is_not_run_in_llama_cpp_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fbiedge.exporters.gguf import cost
 
@@ -210,34 +185,6 @@ def test_what_is_not_run_in_llama_cpp_is_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cost, "RESIDENT_LIMIT_BYTES", 1000)
     costs = export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS).costs
     assert costs and costs.in_llama_cpp is None and "in float32 are not run there" in str(costs.not_run)
-
-
-def test_a_lossy_model_is_refused_with_numbers_and_a_way_out(tmp_path: Path) -> None:
-    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
-    for ids in (None, []):
-        with raises_line(UsageError, "must be fitted to a text"):
-            export_gguf(weights, tmp_path / "model.gguf", calibration_ids=ids, verify_ids=IDS)
-    with raises_line(
-        UsageError, "12 linears (q, k, v, gate, up, o)", "fitted to 10 tokens", "% rms there", "KL divergence", "perplexity",
-        "on 10 others", "10 tokens are few for a fit of 128 inputs; --calibration-text FILE gives", "--allow-lossy",
-        "fbiedge train --init CHECKPOINT --scaling column-shared",
-    ):  # fmt: skip
-        export_gguf(weights, tmp_path / "model.gguf", calibration_ids=IDS, verify_ids=IDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_a_lossy_model_loses_what_the_report_says(tmp_path: Path) -> None:
-    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
-    ids = [int(token) for token in np.random.default_rng(0).integers(0, 259, 300)]
-    report = export_gguf(
-        weights, tmp_path / "model.gguf", allow_lossy=True, calibration_ids=ids, verify_ids=IDS
-    )  # fmt: skip
-    assert not report.exact and len(report.errors) == 12 and report.fit_tokens == 300
-    assert report.costs and report.costs.without_adapter and report.costs.tokens == len(IDS)
-    got = compare_logits(expected_logits(weights), llama_cpp_logits(report)).kl_divergence
-    assert 0.5 * got < report.costs.with_adapter.kl_divergence < 2 * got
-    assert report.costs.in_llama_cpp and report.costs.in_llama_cpp.kl_divergence == pytest.approx(got, rel=0.05)
-    assert GgufFile.open(report.model).metadata["fbiedge.exact"] is False
 
 
 def test_gguf_dump_reads_it(tmp_path: Path) -> None:
@@ -329,14 +276,6 @@ def test_forms_that_do_not_fit(
     with raises_line(UsageError, *parts):
         export_gguf(weights, tmp_path / "model.gguf", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-@pytest.mark.parametrize("text", ["two\nlines", "a\x1b[31m", "bytes \udcff", "a\u2028b"])
-def test_provenance_is_one_line_of_text(text: str) -> None:
-    for field in ("name", "license", "base_model"):
-        with raises_line(UsageError, f"{field} is ", "expected one line of valid UTF-8 without control characters"):
-            Provenance(**{field: text})
-    assert Provenance(name="Ünï 👩‍🔬").name == "Ünï 👩‍🔬"
 
 
 def test_a_new_model_without_beta_takes_the_old_adapter_away(tmp_path: Path) -> None:

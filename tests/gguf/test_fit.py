@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.errors import raises_line
 from support.gguf_checkpoints import IDS, gguf_checkpoint, gguf_config
+from support.stock_llama_cpp import StockLlamaCpp
 
 from fbiedge.bits import pack_bits, unpack_bits
+from fbiedge.errors import UsageError
+from fbiedge.exporters.gguf import GgufReport, export_gguf
 from fbiedge.exporters.gguf.fit import (
     Fit,
     ModelFit,
@@ -23,7 +27,10 @@ from fbiedge.exporters.gguf.fit import (
 )
 from fbiedge.exporters.gguf.fold import exactness
 from fbiedge.exporters.gguf.folded import DenseWeights, FoldedModel
+from fbiedge.gguf_file import GgufFile
+from fbiedge.metrics import compare_logits
 from fbiedge.reference import Reference, rms_norm
+from fbiedge.weights import Weights
 
 GENERATOR = np.random.default_rng(0)
 PACKED = pack_bits(GENERATOR.normal(0, 1, (300, 256)))
@@ -139,3 +146,62 @@ def test_a_lossy_model_keeps_most(tmp_path: Path) -> None:
 def test_what_would_make_a_fit_better(tokens: int, most: int, parts: list[str]) -> None:
     advice = ModelFit(folds=(), tokens=tokens, most_tokens=most, widest=256).advice()
     assert (advice is None) == (not parts) and all(part in (advice or "") for part in parts)
+
+
+def loss_in_llama_cpp(weights: Weights, report: GgufReport, ids: list[int]) -> float:
+    assert report.adapter
+    llama = StockLlamaCpp(report.model, report.adapter)
+    got = llama.logits(ids)
+    llama.close()
+    return compare_logits(Reference(weights).logits(ids), got).kl_divergence
+
+
+def test_a_lossy_model_is_refused_with_numbers_and_a_way_out(tmp_path: Path) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
+    for ids in (None, []):
+        with raises_line(UsageError, "must be fitted to a text"):
+            export_gguf(weights, tmp_path / "model.gguf", calibration_ids=ids, verify_ids=IDS)
+    with raises_line(
+        UsageError, "12 linears (q, k, v, gate, up, o)", "fitted to 10 tokens", "% rms there", "KL divergence", "perplexity",
+        "on 10 others", "10 tokens are few for a fit of 128 inputs; --calibration-text FILE gives", "--allow-lossy",
+        "fbiedge train --init CHECKPOINT --scaling column-shared",
+    ):  # fmt: skip
+        export_gguf(weights, tmp_path / "model.gguf", calibration_ids=IDS, verify_ids=IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_lossy_model_loses_what_the_report_says(tmp_path: Path) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
+    ids = [int(token) for token in np.random.default_rng(0).integers(0, 259, 300)]
+    report = export_gguf(
+        weights, tmp_path / "model.gguf", allow_lossy=True, calibration_ids=ids, verify_ids=IDS
+    )  # fmt: skip
+    assert not report.exact and len(report.errors) == 12 and report.fit_tokens == 300
+    assert report.costs and report.costs.without_adapter and report.costs.tokens == len(IDS)
+    got = loss_in_llama_cpp(weights, report, IDS)
+    assert 0.5 * got < report.costs.with_adapter.kl_divergence < 2 * got
+    assert report.costs.in_llama_cpp and report.costs.in_llama_cpp.kl_divergence == pytest.approx(got, rel=0.05)
+    assert GgufFile.open(report.model).metadata["fbiedge.exact"] is False
+
+
+@pytest.mark.parametrize(
+    ("calibration", "measured", "fitted", "on"),
+    [
+        (IDS, IDS, 10, 10),
+        (IDS[:15], IDS, 10, 10),  # one text, of which both get a part
+        (IDS, IDS[:4], 10, 10),
+        (IDS[:3], IDS[:3], 1, 2),
+        (IDS[::-1], IDS, 20, 20),
+    ],
+)
+def test_no_text_is_fitted_to_and_measured_on(
+    tmp_path: Path, calibration: list[int], measured: list[int], fitted: int, on: int
+) -> None:
+    weights = gguf_checkpoint(tmp_path / "in", gguf_config(), shared=False)
+    report = export_gguf(
+        weights, tmp_path / "model.gguf", allow_lossy=True, calibration_ids=calibration, verify_ids=measured
+    )
+    assert report.costs and (report.fit_tokens, report.costs.tokens) == (fitted, on)
+    if on == 10:  # and they are the others
+        loss = loss_in_llama_cpp(weights, report, IDS[10:])
+        assert report.costs.in_llama_cpp and report.costs.in_llama_cpp.kl_divergence == pytest.approx(loss, rel=0.01)
