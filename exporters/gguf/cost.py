@@ -103,12 +103,12 @@ class Expected:
             got = self._in_llama_cpp(path)
         except (ModelFileError, UsageError) as error:
             reason = str(error).replace(str(path.parent / path.stem), str(shown_as.with_suffix("")))
-            raise OutputError(f"llama.cpp refuses the export, and it was dropped: {reason}") from error
+            raise OutputError(f"llama.cpp refuses the export to {shown_as}, and it was dropped: {reason}") from error
         cost = _cost(self._logits, got, self.ids)
         if not (cost.kl_divergence <= allowed_kl + _WRONG_ABOVE_NATS and isfinite(cost.max_logit_error)):
             raise OutputError(
-                f"the export came out wrong and was dropped: in llama.cpp its KL divergence is {cost.kl_divergence:.3g} "
-                f"nats, expected at most {allowed_kl:.3g} and what rounding inputs to 8 bits costs"
+                f"the export to {shown_as} came out wrong and was dropped: in llama.cpp its KL divergence is "
+                f"{cost.kl_divergence:.3g} nats, expected at most {allowed_kl:.3g} and what rounding inputs to 8 bits costs"
             )
         return cost
 

@@ -350,8 +350,11 @@ def test_an_export_that_comes_out_wrong_is_dropped(tmp_path: Path, monkeypatch: 
     right = plan.q1_0_blocks
     monkeypatch.setattr(plan, "q1_0_blocks", lambda packed, d, name: right(~packed, d, name))
     weights = gguf_checkpoint(tmp_path / "in", gguf_config())
-    with raises_line(OutputError, "the export came out wrong and was dropped: in llama.cpp its KL divergence is"):
-        export_gguf(weights, tmp_path / "model.gguf", verify_ids=IDS)
+    out = tmp_path / "model.gguf"
+    with raises_line(
+        OutputError, f"the export to {out} came out wrong and was dropped: in llama.cpp its KL divergence is"
+    ):
+        export_gguf(weights, out, verify_ids=IDS)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -367,15 +370,14 @@ def test_what_llama_cpp_refuses_is_named_as_the_user_did(
 
     monkeypatch.setattr(cost.LlamaCppSession, "open", refuse)
     out = tmp_path / "model.gguf"
-    with raises_line(OutputError, f"it was dropped: {adapter_path(out)} and {out} are wrong"):
+    with raises_line(OutputError, f"to {out}, and it was dropped: {adapter_path(out)} and {out} are wrong"):
         export_gguf(gguf_checkpoint(tmp_path / "in", gguf_config()), out, verify_ids=IDS)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fbiedge.exporters.gguf import export
 
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
     weights = gguf_checkpoint(tmp_path / "in", gguf_config("block"))
     with raises_line(OutputError, "it needs 0 MB and", "free; nothing was written"):
         export_gguf(weights, tmp_path / "model.gguf")
