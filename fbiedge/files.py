@@ -186,3 +186,17 @@ def _output_error(target: Path, real: Path, temporary: Path, error: OSError) -> 
         if path not in (real, *real.parents) and temporary.name not in path.parts:
             return error
     return OutputError(f"can't write {target}: {error.strerror or error}; nothing was left there")
+
+
+def require_room(target: Path, needed: int, example: str) -> None:
+    """Say at once what would fail after minutes of writing `needed` bytes. Raises OutputError."""
+    if target.is_dir():
+        raise OutputError(
+            f"can't write {target}: it is a folder; give the name of a file, such as model{target.suffix}"
+        )
+    folder = next((parent for parent in target.absolute().parents if parent.is_dir()), None)
+    if folder is not None and (free := shutil.disk_usage(folder).free) < needed:
+        raise OutputError(
+            f"can't write {target}: it needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free; "
+            "nothing was written"
+        )

@@ -10,7 +10,6 @@ cost.py                      what was lost
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fbiedge.errors import ModelFileError, OutputError, UsageError
-from fbiedge.files import atomic_files, real_target, require_utf8
+from fbiedge.files import atomic_files, real_target, require_room, require_utf8
 from fbiedge.gguf_file import GgufFile
 from fbiedge.gguf_model import adapter_path
 from fbiedge.weights import Weights
@@ -109,7 +108,7 @@ def export_gguf(
 
     adapter, losses = Adapter(), Losses()
     tensors = list(plan_tensors(weights, model, options, adapter, losses))
-    _require_room(out, sum(tensor.spec.nbytes for tensor in tensors))
+    require_room(out, sum(tensor.spec.nbytes for tensor in tensors), "model.gguf")
     provenance = provenance or Provenance()
     adapter_bytes = 0
     with atomic_files(out) as path:
@@ -210,16 +209,4 @@ def _refuse_foreign(beta: Path) -> None:
     if metadata.get("general.type") != "adapter" or "fbiedge.beta_of" not in metadata:
         raise OutputError(
             f"{beta} lies where the adapter goes and isn't one of ours; move it, or choose another name for the output"
-        )
-
-
-def _require_room(target: Path, needed: int) -> None:
-    """Say at once what would fail after minutes of writing."""
-    if target.is_dir():
-        raise OutputError(f"can't write {target}: it is a folder; give the name of a file, such as model.gguf")
-    folder = next((parent for parent in target.absolute().parents if parent.is_dir()), None)
-    if folder is not None and (free := shutil.disk_usage(folder).free) < needed:
-        raise OutputError(
-            f"can't write {target}: it needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free; "
-            "nothing was written"
         )

@@ -10,7 +10,6 @@ average far less, and smaller ones at 4096: on Windows those few are read, not m
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto  # noqa: TID253
 
-from fbiedge.errors import OutputError
-from fbiedge.files import atomic_files, real_target
+from fbiedge.files import atomic_files, real_target, require_room
 
 from .sources import Source, TensorSpec
 
@@ -66,7 +64,7 @@ def write_model(
     specs = [spec for source in sources for spec in source.specs]
     total = sum(spec.nbytes for spec in specs)
     external = total > embed_limit_bytes
-    _require_room(target, total)
+    require_room(target, total, "model.onnx")
     target = real_target(target, "a file") if target.is_symlink() else target  # the data lies beside the file itself
     data_target, replaces = data_path(target), target.exists()
     if external:
@@ -111,15 +109,3 @@ def _initializer(spec: TensorSpec, array: npt.NDArray[Any], data: BinaryIO | Non
     for key, value in (("location", location), ("offset", offset), ("length", spec.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-
-def _require_room(target: Path, needed: int) -> None:
-    """Say at once what would fail after minutes of writing."""
-    if target.is_dir():
-        raise OutputError(f"can't write {target}: it is a folder; give the name of a file, such as model.onnx")
-    folder = next((parent for parent in target.absolute().parents if parent.is_dir()), None)
-    if folder is not None and (free := shutil.disk_usage(folder).free) < needed:
-        raise OutputError(
-            f"can't write {target}: it needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free; "
-            "nothing was written"
-        )

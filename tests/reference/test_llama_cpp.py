@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.checkpoints import Tensors, small_config, small_tensors
 from support.gguf_files import write_gguf
+from support.gguf_models import model_metadata
 from support.rope import HEAD_DIM, SCALINGS, THETA
 from support.stock_llama_cpp import StockLlamaCpp
 from support.tiny_gguf import byte_vocabulary, gguf_tensors
@@ -36,24 +37,8 @@ def config_of(model_type: str, **changes: Any) -> ModelConfig:
 
 
 def metadata_of(config: ModelConfig, **rope: Any) -> dict[str, Any]:
-    keys = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_theta,
-        **{f"rope.scaling.{key}": value for key, value in rope.items()},
-    }
-    if config.model_type == "llama":
-        keys["rope.dimension_count"] = config.head_dim
-    architecture = {"general.architecture": config.model_type, "general.file_type": 0}
-    named = {f"{config.model_type}.{key}": value for key, value in keys.items()}
-    return {**architecture, **named, **byte_vocabulary(config.vocab_size)}
+    stated = {f"{config.model_type}.rope.scaling.{key}": value for key, value in rope.items()}
+    return {**model_metadata(replace(config, rope_scaling=None)), **byte_vocabulary(config.vocab_size), **stated}
 
 
 def named_tensors(config: ModelConfig, tensors: Tensors) -> Tensors:
