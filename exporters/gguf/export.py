@@ -52,9 +52,7 @@ class GgufReport:
     inventory: Sequence[Mapping[str, Any]]  # sizes by group, see exporters.onnx.plan.inventory
     binary: bool  # False: of full precision, whose linears have the form of the head
     exact: bool  # but for rounding to fp16 and the forms of embedding and head
-    errors: Mapping[
-        str, float
-    ]  # of lossy linears: rms error of their outputs on the text of the fit, relative to these
+    errors: Mapping[str, float]  # of lossy linears: rms error of their outputs, relative to these, on the fit's text
     fit_tokens: int  # positions that the lossy ones were fitted to
     costs: Costs | None  # where there were ids to measure on
     zeros: int  # latent weights that were exactly 0 and became +1
