@@ -117,14 +117,12 @@ class Reference:
         visible = np.arange(total) <= np.arange(total - new, total)[:, None]  # [T, P + T]
         mixed = softmax(np.where(visible, scores, self.dtype(-np.inf))) @ values[:, None]  # [G, H/G, T, D]
         merged = mixed.reshape(-1, new, head_dim).transpose(1, 0, 2).reshape(new, -1)  # [T, H·D]
-        projected: Array = merged @ self._linear(f"{prefix}o_proj").T
-        return projected
+        return self._project(f"{prefix}o_proj", merged)
 
     def _mlp(self, prefix: str, x: Array) -> Array:
         """SwiGLU: down(silu(gate(x)) · up(x)). x [T, hidden] -> [T, hidden]."""
-        gate, up = x @ self._linear(f"{prefix}gate_proj").T, x @ self._linear(f"{prefix}up_proj").T
-        projected: Array = (silu(gate) * up) @ self._linear(f"{prefix}down_proj").T
-        return projected
+        gate, up = self._project(f"{prefix}gate_proj", x), self._project(f"{prefix}up_proj", x)
+        return self._project(f"{prefix}down_proj", silu(gate) * up)
 
     def _embed(self, tokens: npt.NDArray[np.int64]) -> Array:
         rows = self._binary.binary_embedding() if self._binary else None
@@ -143,8 +141,13 @@ class Reference:
 
     def _heads(self, x: Array, name: str, heads: int) -> Array:
         """Project x [T, hidden] and split it into heads [heads, T, D]."""
-        by_head: Array = (x @ self._linear(name).T).reshape(x.shape[0], heads, -1).transpose(1, 0, 2)
+        by_head: Array = self._project(name, x).reshape(x.shape[0], heads, -1).transpose(1, 0, 2)
         return by_head
+
+    def _project(self, name: str, x: Array) -> Array:
+        """x [T, K] -> x · Wᵀ [T, N] of a decoder linear; what watches or rounds its inputs does it here."""
+        projected: Array = x @ self._linear(name).T
+        return projected
 
     def _tensor(self, name: str) -> Array:
         return self._once(name, lambda: self._weights.tensor(name))

@@ -15,7 +15,7 @@ costs must be measured on another text: a fit looks too good on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,26 +214,7 @@ class _Recorder(Reference):
         super().__init__(weights, resident=resident)
         self.inputs: dict[str, list[Matrix]] = {name: [] for name in names}
 
-    def _linear(self, name: str) -> Matrix:
-        weight: Matrix = super()._linear(name)
+    def _project(self, name: str, x: Matrix) -> Matrix:
         if name in self.inputs:
-            return _Watched(weight, self.inputs[name].append)  # type: ignore[return-value]
-        return weight
-
-
-class _Watched:
-    """A matrix that tells what it is multiplied with, in `x @ weight.T`."""
-
-    __array_ufunc__ = None  # so that numpy leaves `x @ watched` to __rmatmul__
-
-    def __init__(self, weight: Matrix, tell: Callable[[Matrix], None]) -> None:
-        self._weight, self._tell = weight, tell
-
-    @property
-    def T(self) -> _Watched:
-        return self
-
-    def __rmatmul__(self, x: Matrix) -> Matrix:
-        self._tell(x)
-        product: Matrix = x @ self._weight.T
-        return product
+            self.inputs[name].append(x)
+        return super()._project(name, x)

@@ -105,7 +105,7 @@ def test_several_end_tokens_and_null_ids() -> None:
         ({"model_type": []}, "model_type is [], expected one of llama, qwen3"),
         ({"use_sliding_window": True}, "attention in a sliding window is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window is not supported"),
-        ({"hidden_act": "gelu"}, "only Llama with SwiGLU"),
+        ({"hidden_act": "gelu"}, "only Llama and Qwen3 with SwiGLU"),
         ({"attention_bias": True}, "no biases"),
         ({"mlp_bias": True}, "no biases"),
         ({"rope_parameters": "default"}, "config: unusable value"),

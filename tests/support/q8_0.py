@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fbiedge.reference import Reference
@@ -20,24 +18,8 @@ def q8_0(x: np.ndarray) -> np.ndarray:
 class RoundedReference(Reference):
     """A model all of whose matrices are Q1_0, the head too."""
 
-    def _linear(self, name: str) -> Any:
-        return _RoundsItsInputs(super()._linear(name))
+    def _project(self, name: str, x: np.ndarray) -> np.ndarray:
+        return super()._project(name, q8_0(x))
 
     def _head(self, x: np.ndarray) -> np.ndarray:
         return super()._head(q8_0(x))
-
-
-class _RoundsItsInputs:
-    """A matrix W in `x @ W.T`."""
-
-    __array_ufunc__ = None  # so that numpy leaves the product to __rmatmul__
-
-    def __init__(self, weight: np.ndarray) -> None:
-        self._weight = weight
-
-    @property
-    def T(self) -> _RoundsItsInputs:
-        return self
-
-    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
-        return q8_0(x) @ self._weight.T
