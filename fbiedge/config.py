@@ -83,7 +83,9 @@ class ModelConfig:
         try:
             model_type = raw.get("model_type", "llama")
             if raw.get("hidden_act", "silu") != "silu" or raw.get("attention_bias") or raw.get("mlp_bias"):
-                raise CheckpointError("config: only Llama and Qwen3 with SwiGLU (hidden_act 'silu') and no biases is supported")
+                raise CheckpointError(
+                    "config: only Llama and Qwen3 with SwiGLU (hidden_act 'silu') and no biases is supported"
+                )
             if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
                 raise CheckpointError("config: attention in a sliding window is not supported")
             heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
