@@ -100,6 +100,14 @@ class CachedSession(ABC):
         return common
 
     @abstractmethod
+    def sibling(self) -> CachedSession:
+        """A session of the same weights, which are in memory once, with an empty cache of its own.
+
+        Siblings are for many conversations at a time, not for many threads: one runs at a time. Raises UsageError
+        where memory is short.
+        """
+
+    @abstractmethod
     def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:
         """One step of 1 to CHUNK tokens, which are then in `_tokens` -> the last `keep` rows of logits [keep, vocab],
         valid until the next run; `keep` is 1 or len(ids)."""

@@ -6,6 +6,7 @@ asked for the reason where something fails.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import re
@@ -35,6 +36,7 @@ class Llama:
         self._path = path
         self._context: Any = None
         self._adapter: Any = None
+        self._elder: Llama | None = None
         _log.clear()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -56,6 +58,7 @@ class Llama:
     def open_context(self, capacity: int, batch: int, threads: int) -> None:
         """For `capacity` tokens, of which at most `batch` come at a time. Raises UsageError where memory is short."""
         api = self._api
+        self._shape = capacity, batch, threads
         parameters = api.llama_context_default_params()
         parameters.n_ctx = capacity
         parameters.n_batch = parameters.n_ubatch = batch
@@ -74,6 +77,13 @@ class Llama:
         if self._adapter:
             adapters = (api.llama_adapter_lora_p_ctypes * 1)(self._adapter)
             api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+
+    def sibling(self) -> Llama:
+        """The same model and adapter with a context of its own. Raises UsageError where memory is short."""
+        other = copy.copy(self)
+        other._elder = self  # whose end frees the model
+        other.open_context(*self._shape)
+        return other
 
     def decode(self, ids: Sequence[int], *, every: bool) -> npt.NDArray[np.float32]:
         """Append 1 to `batch` ids -> logits of every one of them or of the last [rows, vocab], until the next decode.

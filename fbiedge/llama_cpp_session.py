@@ -90,6 +90,13 @@ class LlamaCppSession(CachedSession):
         """See CachedSession."""
         return "fp16"
 
+    def sibling(self) -> LlamaCppSession:
+        """See CachedSession."""
+        return LlamaCppSession(
+            self.model, self._llama.sibling(), capacity=self.capacity, threads=self.threads,
+            description=self._description, warning=self._warning,
+        )  # fmt: skip
+
     def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:
         if self._held > self.position:
             self._llama.cut(self.position)

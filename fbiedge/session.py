@@ -145,6 +145,13 @@ class Session(CachedSession):
         """See CachedSession."""
         return self._kv_cache.precision
 
+    def sibling(self) -> Session:
+        """See CachedSession."""
+        return Session(
+            self.model, self._onnx, capacity=self.capacity, threads=self.threads, accuracy_level=self.accuracy_level,
+            isa=self.isa, fallback_reason=self.fallback_reason,
+        )  # fmt: skip
+
     def _bind(self) -> None:
         config = self.config
         self._input_ids = np.zeros((1, CHUNK), np.int64)
