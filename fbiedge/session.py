@@ -148,7 +148,7 @@ class Session(CachedSession):
     def sibling(self) -> Session:
         """See CachedSession."""
         return Session(
-            self.model, self._onnx, capacity=self.capacity, threads=self.threads, accuracy_level=self.accuracy_level,
+            self.model, self._onnx, capacity=self.capacity, threads=self.threads, accuracy_level=self.accuracy_level or self.model.accuracy_level,
             isa=self.isa, fallback_reason=self.fallback_reason,
         )  # fmt: skip
 
