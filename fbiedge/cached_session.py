@@ -40,6 +40,11 @@ class CachedSession(ABC):
         return self.model.config
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that have logits."""
+        return self.config.vocab_size
+
+    @property
     @abstractmethod
     def description(self) -> str:
         """What computes, in a few words."""
@@ -91,12 +96,17 @@ class CachedSession(ABC):
 
         At least one is left to forward, because its logits are not kept.
         """
+        common = self.shared(ids)
+        self.truncate(common)
+        return common
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Tokens that reuse() would keep."""
         common = 0
         for cached, wanted in zip(self._tokens, ids[:-1], strict=False):
             if cached != wanted:
                 break
             common += 1
-        self.truncate(common)
         return common
 
     @abstractmethod

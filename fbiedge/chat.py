@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from .cached_session import CachedSession
 from .chat_template import ChatTemplate, Message
 from .errors import UsageError
-from .generate import GenerationOptions, GenerationStats, Piece, end_tokens, generate
+from .generate import Event, GenerationOptions, GenerationStats, Piece, end_tokens, generate
 from .tokenizer import Tokenizer
 
 
@@ -45,7 +45,7 @@ class Chat:
         self._answers: list[_Answer] = []
         self._plain_ids: list[int] = []
 
-    def ask(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Piece | GenerationStats]:
+    def ask(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """The answer to `text`, which joins the conversation with it, also when cancelled halfway.
 
         Raises UsageError where the conversation no longer fits the context; the turn then leaves no trace.
@@ -65,7 +65,7 @@ class Chat:
         for event in generate(self.session, self.tokenizer, ids, options, ends=self._ends, cancelled=cancelled):
             if isinstance(event, Piece):
                 answer += event.text
-            elif event.generated_ids or event.finish_reason != "cancelled":
+            elif isinstance(event, GenerationStats) and (event.generated_ids or event.finish_reason != "cancelled"):
                 same = event.finish_reason != "stop" and self.tokenizer.decode(event.generated_ids) == answer
                 self._answers.append(_Answer(answer, event.generated_ids if same else None))
                 self._messages = [*messages, {"role": "assistant", "content": answer}]

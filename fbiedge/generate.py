@@ -4,28 +4,39 @@ To use it:
 
     for event in generate(session, tokenizer, tokenizer.encode("Once upon a time"), GenerationOptions(max_tokens=64)):
         match event:
-            case Piece(text=text): ...       # as soon as it is certain
+            case PromptProgress(): ...       # after every run of a part of the prompt
+            case Piece(text=text): ...       # one for every token, its text "" where that isn't certain yet
             case GenerationStats(): ...      # exactly one, the last event
+
+One next() runs the engine at most once, on at most PREFILL_CHUNK tokens: whoever drives several generations is fair to
+them by calling next() on each in turn.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelFileError, UsageError
+from .lookup import Decoder
 from .model_file import ModelFile
-from .sampling import Sampler, SamplingOptions
+from .sampling import PENALTY_WINDOW, Sampler, SamplingOptions, log_probabilities
+from .stop_strings import StopMatcher
 from .tokenizer import DetokenizeStream, Tokenizer
 
-PREFILL_CHUNK = 128  # tokens between two looks at `cancelled`
+if TYPE_CHECKING:  # its library is loaded by whoever asks for a constraint
+    from .constraint import Constraint
 
-# end: the model ended its text; stop: a stop string; length: max_tokens; context: the cache is full; cancelled: Ctrl-C
+PREFILL_CHUNK = 128  # tokens between two looks at `cancelled`, and the most that one run takes
+
+# end: the model ended its text, or its constraint did; stop: a stop string; length: max_tokens; context: the cache is
+# full; cancelled: Ctrl-C
 FinishReason = Literal["end", "stop", "length", "context", "cancelled"]
 
 
@@ -36,31 +47,66 @@ class Engine(Protocol):
     def capacity(self) -> int: ...
     @property
     def position(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     def reuse(self, ids: Sequence[int]) -> int: ...
+    def truncate(self, length: int) -> None: ...
     def forward(self, ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
+    def all_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """When to stop, and how to pick tokens. Raises UsageError."""
+    """When to stop, how to pick tokens, and what to say about them. Raises UsageError."""
 
     max_tokens: int | None = None  # None: until the model ends its text or the context is full
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id, added before everything else
+    constraint: Constraint | None = None  # what the text must be
+    logprobs: int | None = None  # None: none; k: that of the token and of the k most likely ones
+    lookup_tokens: int = 0  # guess at most so many tokens from what was said before; the text stays the same
+    context_shift: bool = False  # forget the oldest tokens where the context is full
+    keep_tokens: int = 1  # of the prompt's first ones, which a shift leaves: models lean on the very first
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}, expected at least 1")
         if "" in self.stop:
             raise UsageError("a stop string is empty, expected at least one character")
+        for name, value, high in (
+            ("logprobs", self.logprobs or 0, 20),  # as OpenAI
+            ("lookup_tokens", self.lookup_tokens, PREFILL_CHUNK - 1),
+            ("keep_tokens", self.keep_tokens, math.inf),
+        ):
+            if not _is_whole(value) or not 0 <= value <= high:
+                wants = f"from 0 to {high}" if high < math.inf else "of at least 0"
+                raise UsageError(f"{name} is {value!r}, expected a whole number {wants}")
+        for token_id, bias in self.logit_bias.items():
+            if not _is_whole(token_id) or token_id < 0:
+                raise UsageError(f"logit_bias names token {token_id!r}, expected a token id")
+            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not number or not -100 <= bias <= 100:  # also false for NaN; as OpenAI
+                raise UsageError(f"logit_bias of token {token_id} is {bias!r}, expected a number from -100 to 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptProgress:
+    """Tokens that are in the cache, of those that must be before the next token can be picked."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Text that is certain now. `token_id` is None for what was held back until the end."""
+    """A token and the text that is certain now. `token_id` is None for what was held back until the end."""
 
     text: str
     token_id: int | None
+    # Natural logarithms of the model's own probabilities: before bias, penalty, constraint and temperature.
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the most likely tokens, most likely first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +120,9 @@ class GenerationStats:
     decode_seconds: float
     finish_reason: FinishReason
     ended_by: int | None = None  # the end-of-text token, which is not among generated_ids
+    drafted_tokens: int = 0  # guessed by lookup
+    accepted_tokens: int = 0  # of those, what the model said too
+    shifted_tokens: int = 0  # forgotten where the context was full
 
     @property
     def generated_tokens(self) -> int:
@@ -87,9 +136,12 @@ class GenerationStats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Decode steps by their time; the first token came with the prefill."""
+        """Tokens after the first, which came with the prefill, by their time."""
         steps = self.generated_tokens - 1 + (self.ended_by is not None)
         return _rate(steps, self.decode_seconds)
+
+
+Event = PromptProgress | Piece | GenerationStats
 
 
 def end_tokens(model: ModelFile, tokenizer: Tokenizer) -> frozenset[int]:
@@ -111,7 +163,7 @@ def listed_ids(raw: dict[str, Any], key: str) -> list[int]:
     """`raw[key]`, which may be a token id, a list of them, null or absent. Raises UsageError."""
     value = raw.get(key)
     listed = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in listed):
+    if not all(_is_whole(token_id) and token_id >= 0 for token_id in listed):
         raise UsageError(f"{key} is {value!r}, expected a token id or a list of them")
     return listed
 
@@ -124,51 +176,67 @@ def generate(
     *,
     ends: frozenset[int],
     cancelled: Callable[[], bool] = lambda: False,
-) -> Iterator[Piece | GenerationStats]:
+) -> Iterator[Event]:
     """Continue `prompt_ids` until one of the `ends`, a limit of `options`, or `cancelled()`.
 
-    What the engine's cache shares with the prompt is not run again. Raises UsageError where the prompt doesn't fit.
+    What the engine's cache shares with the prompt is not run again. Raises UsageError where the prompt doesn't fit,
+    where a biased token is none of the model's, and where a constraint turns out to need too much.
     """
     if len(prompt_ids) > engine.capacity:
         raise UsageError(f"prompt of {len(prompt_ids)} tokens is longer than the context of {engine.capacity}")
     if not prompt_ids:
         raise UsageError("the prompt is empty, expected at least one token")
+    if options.logit_bias and max(options.logit_bias) >= engine.vocab_size:
+        raise UsageError(
+            f"logit_bias names token {max(options.logit_bias)}, expected an id from 0 to {engine.vocab_size - 1}"
+        )
     started = time.perf_counter()
-    sampler = Sampler(options.sampling)
+    constraint = options.constraint.start(ends) if options.constraint else None
+    sampler = Sampler(options.sampling, logit_bias=options.logit_bias, constraint=constraint)
     detokenizer = DetokenizeStream(tokenizer, prompt_ids)
     matcher = StopMatcher(options.stop)
+    decoder = Decoder(engine, prompt_ids, options.lookup_tokens)
     generated: list[int] = []
+    shifted = 0
     ended_by: int | None = None
 
     cached = engine.reuse(prompt_ids)
-    logits: npt.NDArray[np.float32] | None = None
-    for start in range(cached, len(prompt_ids), PREFILL_CHUNK):
-        if cancelled():
-            break
-        logits = engine.forward(prompt_ids[start : start + PREFILL_CHUNK])
+    logits = yield from _run(engine, prompt_ids[cached:], cancelled)
     prefilled = time.perf_counter()
 
     finish_reason: FinishReason = "cancelled"
-    while logits is not None and not cancelled() and engine.position >= len(prompt_ids):
-        recent = [*prompt_ids[-64:], *generated][-64:]
-        token_id = sampler.sample(logits, recent)
+    while logits is not None and not cancelled():
+        token_id = sampler.sample(logits, decoder.tokens[-PENALTY_WINDOW:])
         if token_id in ends:
             finish_reason, ended_by = "end", token_id
             break
         generated.append(token_id)
         text = matcher.push(detokenizer.push(token_id))
-        if text:
+        if options.logprobs is None:
             yield Piece(text=text, token_id=token_id)
+        else:
+            chosen, top = log_probabilities(logits, token_id, options.logprobs)
+            yield Piece(text=text, token_id=token_id, logprob=chosen, top_logprobs=top)
         if matcher.stopped:
             finish_reason = "stop"
+            break
+        if constraint is not None and constraint.finished:
+            finish_reason = "end"
             break
         if len(generated) == options.max_tokens:
             finish_reason = "length"
             break
-        if engine.position == engine.capacity:
+        if decoder.position < engine.capacity:
+            logits = decoder.step(token_id, most=(options.max_tokens or math.inf) - len(generated) - 1)
+            continue
+        # A model that never ends its text must end somewhere: here when nothing of the prompt is left.
+        if not options.context_shift or (options.max_tokens is None and len(generated) >= engine.capacity):
             finish_reason = "context"
             break
-        logits = engine.forward([token_id])
+        ids = decoder.shifted(token_id, options.keep_tokens)
+        shifted += engine.capacity + 1 - len(ids)
+        logits = yield from _run(engine, ids[engine.reuse(ids) :], cancelled)
+    decoder.finish()
 
     rest = "" if matcher.stopped else matcher.push(detokenizer.flush()) + matcher.flush()
     if rest:
@@ -181,40 +249,28 @@ def generate(
         decode_seconds=time.perf_counter() - prefilled,
         finish_reason=finish_reason,
         ended_by=ended_by,
+        drafted_tokens=decoder.drafted,
+        accepted_tokens=decoder.accepted,
+        shifted_tokens=shifted,
     )
 
 
-class StopMatcher:
-    """Lets text through until one of the stop strings, and holds back what may still become one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """The part of the text so far that is now known not to belong to a stop string."""
-        if self.stopped:
-            return ""
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            out, self._held = self._held[: min(found)], ""
-            return out
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return out
-
-    def flush(self) -> str:
-        """What was held back and did not become a stop string."""
-        out, self._held = self._held, ""
-        return out
+def _run(
+    engine: Engine, ids: Sequence[int], cancelled: Callable[[], bool]
+) -> Generator[PromptProgress, None, npt.NDArray[np.float32] | None]:
+    """Append `ids` to the cache -> logits for the token after them; None where that was cancelled."""
+    total = engine.position + len(ids)
+    logits: npt.NDArray[np.float32] | None = None
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        if cancelled():
+            return None
+        logits = engine.forward(ids[start : start + PREFILL_CHUNK])
+        yield PromptProgress(done=engine.position, total=total)
+    return logits
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -2,7 +2,7 @@
 
 The steps and their order are those of Hugging Face's logits processors:
 
-    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+    bias -> repetition penalty -> constraint -> temperature -> top-k -> top-p -> min-p -> draw
 
 (llama.cpp truncates before the temperature; with temperature 1 the two agree.) Temperature 0 is greedy: the largest
 logit after the repetition penalty, the lowest id among equals. Every truncation keeps at least the most likely token,
@@ -12,14 +12,17 @@ and breaks ties in favour of the lower id, so that a seed gives the same text ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelFileError, UsageError
+
+if TYPE_CHECKING:
+    from .constraint import ConstraintState
 
 PENALTY_WINDOW = 64  # the repetition penalty looks this many tokens back, as llama.cpp's repeat_last_n
 
@@ -69,25 +72,60 @@ class SamplingOptions:
 class Sampler:
     """Draws tokens by `options`; with a seed, the same logits give the same tokens."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(
+        self,
+        options: SamplingOptions,
+        *,
+        logit_bias: Mapping[int, float] | None = None,
+        constraint: ConstraintState | None = None,
+    ) -> None:
+        """logit_bias: added to the logits of these tokens. constraint: what may come next; it is told what is drawn."""
         self.options = options
         self._random = np.random.default_rng(options.seed)
+        self._biased = np.array(list(logit_bias or ()), np.int64)
+        self._bias = np.array(list((logit_bias or {}).values()), np.float32)
+        self._constraint = constraint
 
     def sample(self, logits: npt.NDArray[np.float32], context: Sequence[int] = ()) -> int:
-        """The next token for `logits` [vocab] after the tokens `context`. Raises ModelFileError for NaN or Inf."""
+        """The next token for `logits` [vocab] after the tokens `context`.
+
+        Raises ModelFileError for NaN or Inf, UsageError where the constraint can't be kept to.
+        """
         options = self.options
+        if len(self._biased):
+            logits = logits.copy()
+            logits[self._biased] += self._bias
         if options.repetition_penalty != 1.0 and len(context):
             logits = penalize(logits, context[-PENALTY_WINDOW:], options.repetition_penalty)
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed(), logits, -np.inf)
         if not math.isfinite(logits.max()):
             raise ModelFileError(
                 "the model computes NaN or Inf; its file is damaged or was exported from a broken checkpoint"
             )
-        if options.temperature == 0:
-            return int(logits.argmax())
-        tokens, probabilities = candidates(logits, options)
-        cumulative = probabilities.cumsum()
+        token_id = int(logits.argmax()) if options.temperature == 0 else self._draw(logits)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
+        return token_id
+
+    def _draw(self, logits: npt.NDArray[np.float32]) -> int:
+        tokens, weights = candidates(logits, self.options)
+        cumulative = weights.cumsum()
         draw = self._random.random() * cumulative[-1]
-        return int(tokens[min(int(cumulative.searchsorted(draw, side="right")), len(tokens) - 1)])
+        # The last token with any weight is the first that reaches the whole: rounding must not draw one after it.
+        last = int(cumulative.searchsorted(cumulative[-1]))
+        return int(tokens[min(int(cumulative.searchsorted(draw, side="right")), last)])
+
+
+def log_probabilities(
+    logits: npt.NDArray[np.float32], token_id: int, count: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Logarithm of the probability of `token_id`, and the `count` most likely tokens with theirs, the likeliest first."""
+    best = float(logits.max())
+    total = best + math.log(np.exp(logits.astype(np.float64) - best).sum())
+    likely = _largest(logits, min(count, len(logits)))
+    order = likely[np.argsort(-logits[likely], kind="stable")]
+    return float(logits[token_id]) - total, tuple((int(token), float(logits[token]) - total) for token in order)
 
 
 def penalize(logits: npt.NDArray[np.float32], recent: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
@@ -136,6 +174,8 @@ def _largest(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int
     """Positions of the `count` largest values, ascending; among equals the first."""
     if count >= len(values):
         return np.arange(len(values))
+    if count == 0:
+        return np.arange(0)
     positions = np.arange(len(values))
     blocks = len(values) // 32
     if blocks > 2 * count:

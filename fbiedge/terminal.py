@@ -22,7 +22,7 @@ from rich.text import Text
 
 from . import __version__
 from .errors import FbiEdgeError, UsageError
-from .generate import GenerationStats, Piece
+from .generate import Event, GenerationStats, Piece
 
 if TYPE_CHECKING:
     from .cached_session import CachedSession
@@ -107,17 +107,17 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def stream_answer(events: Iterable[Piece | GenerationStats]) -> GenerationStats:
+def stream_answer(events: Iterable[Event]) -> GenerationStats:
     """Write the text of `events` to stdout as it comes, and a line break after it -> the last event."""
     on_terminal = sys.stdout.isatty()
     ends_line, stats = False, None
     for event in events:
-        if isinstance(event, Piece):
+        if isinstance(event, GenerationStats):
+            stats = event
+        elif isinstance(event, Piece) and event.text:
             sys.stdout.write(event.text.translate(_CONTROLS) if on_terminal else event.text)
             sys.stdout.flush()
             ends_line = event.text.endswith("\n")
-        else:
-            stats = event
     assert stats is not None, "generate() ends with its stats"
     if not ends_line:
         sys.stdout.write("\n")

@@ -35,7 +35,9 @@ class Tokenizer:
             raise ModelFileError(f"the tokenizer can't be read ({error}); export the model again") from error
         self.config = tokenizer_config or {}
         decoder = json.loads(tokenizer_json).get("decoder") or {}
-        self._decoders = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+        decoders = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+        self.byte_level = bool(decoders) and decoders <= {"ByteLevel", "Fuse"}
+        self.byte_fallback = "ByteFallback" in decoders
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id for token_id, token in added.items() if token.special}
         self.bos_token = self._special_text("bos_token")
@@ -58,6 +60,10 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size())
 
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def token_id(self, token: str) -> int | None:
         """The id of exactly this token, None where there is none."""
         found: int | None = self._tokenizer.token_to_id(token)
@@ -77,6 +83,18 @@ class Tokenizer:
         if continues and ids and self._tokenizer.id_to_token(ids[0]) == "▁" and not text.startswith(" "):
             return ids[1:]  # Llama's tokenizer puts a space before every text; in the middle of one it doesn't belong
         return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token spells, in UTF-8 that may be part of a character: a special one its name, one without text b""."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""  # an embedding may be padded to more rows than there are tokens
+        if token_id not in self._special:
+            if self.byte_level:
+                return _byte_level_bytes(token)
+            if self.byte_fallback and _BYTE_TOKEN.fullmatch(token):
+                return bytes([int(token[3:5], 16)])
+        return str(token).replace("▁", " ").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`."""
@@ -101,8 +119,7 @@ class DetokenizeStream:
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._library = tokenizer._tokenizer
         self._special = tokenizer._special
-        self._byte_level = bool(tokenizer._decoders) and tokenizer._decoders <= {"ByteLevel", "Fuse"}
-        self._byte_fallback = "ByteFallback" in tokenizer._decoders
+        self._byte_level, self._byte_fallback = tokenizer.byte_level, tokenizer.byte_fallback
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # The last ids whose text is out, as context for the next, and those whose text is held back.
         self._before: list[int] = [token_id for token_id in context[-8:] if not self._is_byte(token_id)][-1:]

@@ -12,10 +12,10 @@ import pytest
 
 from fbiedge.errors import UsageError
 from fbiedge.generate import (
+    Event,
     GenerationOptions,
     GenerationStats,
     Piece,
-    StopMatcher,
     end_tokens,
     generate,
 )
@@ -24,6 +24,7 @@ from fbiedge.model_file import ModelFile
 from fbiedge.reference import Reference
 from fbiedge.sampling import SamplingOptions
 from fbiedge.session import Session
+from fbiedge.stop_strings import StopMatcher
 from fbiedge.tokenizer import Tokenizer
 from fbiedge.weights import open_checkpoint
 
@@ -39,6 +40,7 @@ class Script:
         self.tokens: list[int] = []
         self.text = [*prompt, *TOKENIZER.encode_rendered(text), END]
         self.capacity = capacity
+        self.vocab_size = 259
         self.runs: list[int] = []
 
     @property
@@ -48,11 +50,18 @@ class Script:
     def reuse(self, ids: Sequence[int]) -> int:
         return 0
 
+    def truncate(self, length: int) -> None:
+        del self.tokens[length:]
+
     def forward(self, ids: Sequence[int]) -> np.ndarray:
+        return self.all_logits(ids)[-1]
+
+    def all_logits(self, ids: Sequence[int]) -> np.ndarray:
+        start = self.position
         self.tokens.extend(ids)
         self.runs.append(len(ids))
         assert self.position <= self.capacity
-        return np.eye(259, dtype=np.float32)[self.text[self.position]]
+        return np.eye(259, dtype=np.float32)[self.text[start + 1 : self.position + 1]]
 
 
 def run(
@@ -61,7 +70,7 @@ def run(
     """The text that comes out, and the stats."""
     prompt = TOKENIZER.encode("prompt")
     pieces: list[str] = []
-    events: Iterator[Piece | GenerationStats] = generate(
+    events: Iterator[Event] = generate(
         Script(text, prompt, capacity),
         TOKENIZER,
         prompt,
@@ -73,8 +82,8 @@ def run(
         if isinstance(event, GenerationStats):
             assert next(events, None) is None, "the stats come last"
             return "".join(pieces), event
-        assert event.text, "a piece has text"
-        pieces.append(event.text)
+        if isinstance(event, Piece):
+            pieces.append(event.text)
     raise AssertionError("no stats")
 
 

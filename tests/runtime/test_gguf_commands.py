@@ -20,7 +20,7 @@ from support.tiny_model import CHAT_TEMPLATE, tiny_checkpoint, tiny_model
 from fbiedge.bench import weight_bytes_per_token
 from fbiedge.chat import Chat
 from fbiedge.engines import is_gguf, open_session
-from fbiedge.generate import GenerationOptions, GenerationStats, Piece, end_tokens, generate
+from fbiedge.generate import GenerationOptions, GenerationStats, Piece, PromptProgress, end_tokens, generate
 from fbiedge.inspection import inspect
 from fbiedge.llama_cpp_session import LlamaCppSession
 from fbiedge.sample_text import SAMPLE_TEXT
@@ -181,7 +181,7 @@ def test_chat_keeps_what_was_said_in_the_cache(chat_model: Path) -> None:
     stats = []
     for turn in ("Hello", "again"):
         *pieces, last = chat.ask(turn)
-        assert isinstance(last, GenerationStats) and all(isinstance(piece, Piece) for piece in pieces)
+        assert isinstance(last, GenerationStats) and all(isinstance(piece, Piece | PromptProgress) for piece in pieces)
         stats.append(last)
     assert stats[0].cached_tokens == 0
     assert stats[1].cached_tokens == stats[0].prompt_tokens + stats[0].generated_tokens - 1
