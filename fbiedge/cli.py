@@ -173,10 +173,18 @@ def bench(
 
 
 @app.command()
-def library(isa: Annotated[bool, typer.Option("--isa", help="which kernels this machine can run")] = False) -> None:
+def library(
+    isa: Annotated[bool, typer.Option("--isa", help="which kernels this machine can run")] = False,
+    include: Annotated[bool, typer.Option("--include", help="the folder of its C headers")] = False,
+) -> None:
     """Print the path of the op library, to register in any ONNX Runtime session."""
     from . import ops_library, terminal
 
+    if isa and include:
+        raise UsageError("--isa and --include ask for different things, expected one of them")
+    if include:
+        terminal.print_text(str(ops_library.include_path()))
+        return
     path = ops_library.library_path()
     if not isa:
         terminal.print_text(str(path))

@@ -39,6 +39,14 @@ def library_path() -> Path:
     return path
 
 
+def include_path() -> Path:
+    """The folder of the packaged library's C headers. Raises OpLibraryError when they are missing."""
+    header = Path(str(files("fbiedge") / "include" / "fbiedge_ops.h"))
+    if not header.is_file():
+        raise OpLibraryError(f"no header at {header}; reinstall fbiedge")
+    return header.parent
+
+
 def version() -> str:
     """Version of the op library. Raises OpLibraryError when it can't be loaded."""
     return str(_load().fbiedge_version().decode())

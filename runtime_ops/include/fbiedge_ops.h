@@ -9,7 +9,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
+/* The version of this header; fbiedge_version() tells that of the library. */
+#define FBIEDGE_VERSION "0.1.0"
+#define FBIEDGE_VERSION_MAJOR 0
+#define FBIEDGE_VERSION_MINOR 1
+#define FBIEDGE_VERSION_PATCH 0
+
+#if !defined(FBIEDGE_OPS_BUILD)
+#define FBIEDGE_EXPORT /* whoever uses the library, shared or static, needs no more than the declaration */
+#elif defined(_WIN32)
 #define FBIEDGE_EXPORT __declspec(dllexport)
 #else
 #define FBIEDGE_EXPORT __attribute__((visibility("default")))

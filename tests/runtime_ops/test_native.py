@@ -6,17 +6,15 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.native import SOURCE, build, call, tool
 
 from fbiedge.config import PRESETS
 
-SOURCE = Path(__file__).resolve().parents[2] / "runtime_ops"
-TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's cmake and ninja
 # Those that compare kernels, which pass on every machine and under sanitizers.
 NATIVE_TESTS = (
     "test_activations",
@@ -25,26 +23,6 @@ NATIVE_TESTS = (
     "test_binary_matmul",
     "test_matmul_nbits",
 )
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name, path=TOOLS)
-    assert found is not None, f"{name} is missing; install it (pip install cmake ninja)"
-    return found
-
-
-def call(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
-    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout + done.stderr
-
-
-def build(folder: Path, *options: str, target: str) -> Path:
-    ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
-    call(tool("cmake"), "-G", "Ninja", ninja, "-S", SOURCE, "-B", folder, *options)
-    output = call(tool("cmake"), "--build", folder, "--target", target)
-    assert "warning:" not in output, output
-    return folder
 
 
 def test_native_tests_pass_under_sanitizers(tmp_path: Path) -> None:

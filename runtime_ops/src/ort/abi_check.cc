@@ -1,4 +1,4 @@
-// Compares abi.h with the official header. Only built when ONNXRUNTIME_INCLUDE_DIR is given.
+// Compares our declaration with the official header. Only built when ONNXRUNTIME_INCLUDE_DIR is given.
 
 #include <onnxruntime_c_api.h>
 
@@ -13,10 +13,25 @@
 
 SAME_SLOT(CreateStatus);
 SAME_SLOT(GetErrorMessage);
+SAME_SLOT(CreateEnv);
+SAME_SLOT(CreateSession);
+SAME_SLOT(CreateSessionOptions);
+SAME_SLOT(SetSessionLogSeverityLevel);
+SAME_SLOT(SetIntraOpNumThreads);
 SAME_SLOT(CreateCustomOpDomain);
 SAME_SLOT(CustomOpDomain_Add);
 SAME_SLOT(AddCustomOpDomain);
+SAME_SLOT(SessionGetInputCount);
+SAME_SLOT(SessionGetOutputCount);
+SAME_SLOT(SessionGetOverridableInitializerCount);
+SAME_SLOT(SessionGetInputTypeInfo);
+SAME_SLOT(SessionGetOutputTypeInfo);
+SAME_SLOT(SessionGetInputName);
+SAME_SLOT(SessionGetOutputName);
+SAME_SLOT(SessionGetOverridableInitializerName);
+SAME_SLOT(CreateTensorWithDataAsOrtValue);
 SAME_SLOT(GetTensorMutableData);
+SAME_SLOT(CastTypeInfoToTensorInfo);
 SAME_SLOT(CreateTensorTypeAndShapeInfo);
 SAME_SLOT(SetTensorElementType);
 SAME_SLOT(SetDimensions);
@@ -25,13 +40,33 @@ SAME_SLOT(GetDimensionsCount);
 SAME_SLOT(GetDimensions);
 SAME_SLOT(GetSymbolicDimensions);
 SAME_SLOT(GetTensorTypeAndShape);
+SAME_SLOT(CreateCpuMemoryInfo);
+SAME_SLOT(AllocatorFree);
+SAME_SLOT(GetAllocatorWithDefaultOptions);
 SAME_SLOT(KernelInfoGetAttribute_float);
 SAME_SLOT(KernelInfoGetAttribute_int64);
 SAME_SLOT(KernelInfoGetAttribute_string);
 SAME_SLOT(KernelContext_GetInput);
 SAME_SLOT(KernelContext_GetOutput);
+SAME_SLOT(ReleaseEnv);
 SAME_SLOT(ReleaseStatus);
+SAME_SLOT(ReleaseMemoryInfo);
+SAME_SLOT(ReleaseSession);
+SAME_SLOT(ReleaseValue);
+SAME_SLOT(ReleaseTypeInfo);
 SAME_SLOT(ReleaseTensorTypeAndShapeInfo);
+SAME_SLOT(ReleaseSessionOptions);
+SAME_SLOT(SessionGetModelMetadata);
+SAME_SLOT(ModelMetadataLookupCustomMetadataMap);
+SAME_SLOT(ReleaseModelMetadata);
+SAME_SLOT(AddSessionConfigEntry);
+SAME_SLOT(RunWithBinding);
+SAME_SLOT(CreateIoBinding);
+SAME_SLOT(ReleaseIoBinding);
+SAME_SLOT(BindInput);
+SAME_SLOT(BindOutput);
+SAME_SLOT(RegisterCustomOpsLibrary_V2);
+SAME_SLOT(RegisterCustomOpsUsingFunction);
 SAME_SLOT(KernelInfo_GetInputCount);
 SAME_SLOT(KernelInfo_GetInputName);
 SAME_SLOT(HasSessionConfigEntry);
@@ -85,6 +120,10 @@ SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
 SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 SAME_VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 SAME_VALUE(ORT_OP_ATTR_INT);
+SAME_VALUE(ORT_LOGGING_LEVEL_ERROR);
+SAME_VALUE(ORT_LOGGING_LEVEL_FATAL);
+SAME_VALUE(OrtDeviceAllocator);
+SAME_VALUE(OrtArenaAllocator);
 SAME_VALUE(OrtMemTypeDefault);
 SAME_VALUE(INPUT_OUTPUT_REQUIRED);
 SAME_VALUE(INPUT_OUTPUT_OPTIONAL);

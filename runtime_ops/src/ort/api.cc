@@ -9,7 +9,7 @@ void check(const OrtApi& api, OrtStatus* status) {
 }
 
 std::string take_message(const OrtApi& api, OrtStatus* status) {
-    const std::unique_ptr<OrtStatus, void(FBIEDGE_ORT_CALL*)(OrtStatus*)> owner(status, api.ReleaseStatus);
+    const std::unique_ptr<OrtStatus, void(ORT_API_CALL*)(OrtStatus*)> owner(status, api.ReleaseStatus);
     return api.GetErrorMessage(status);
 }
 
@@ -17,7 +17,7 @@ TensorView view(const OrtApi& api, const OrtValue* value) {
     TensorView tensor = {};
     OrtTensorTypeAndShapeInfo* info = nullptr;
     check(api, api.GetTensorTypeAndShape(value, &info));
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void(FBIEDGE_ORT_CALL*)(OrtTensorTypeAndShapeInfo*)> owner(
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void(ORT_API_CALL*)(OrtTensorTypeAndShapeInfo*)> owner(
         info, api.ReleaseTensorTypeAndShapeInfo);
     check(api, api.GetTensorElementType(info, &tensor.type));
     size_t rank = 0;

@@ -10,7 +10,6 @@
 
 #if defined(FBIEDGE_OFFICIAL_ORT_HEADER)
 #include <onnxruntime_c_api.h>
-#define FBIEDGE_ORT_CALL ORT_API_CALL
 #else
 #include "abi.h"
 namespace fbiedge {

@@ -52,7 +52,7 @@ void infer_like_input(const OrtApi& api, OrtShapeInferContext* context, size_t i
     }
     OrtTensorTypeAndShapeInfo* y = nullptr;
     check(api, api.CreateTensorTypeAndShapeInfo(&y));
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void(FBIEDGE_ORT_CALL*)(OrtTensorTypeAndShapeInfo*)> owner(
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, void(ORT_API_CALL*)(OrtTensorTypeAndShapeInfo*)> owner(
         y, api.ReleaseTensorTypeAndShapeInfo);
     check(api, api.SetTensorElementType(y, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
     check(api, api.SetDimensions(y, dims.data(), rank));

@@ -118,8 +118,8 @@ const KernelTable& choose_kernels() {
 
 using namespace fbiedge;
 
-extern "C" FBIEDGE_EXPORT OrtStatus* FBIEDGE_ORT_CALL FBIEDGE_REGISTER_FUNCTION(OrtSessionOptions* options,
-                                                                                const OrtApiBase* api_base) {
+extern "C" FBIEDGE_EXPORT OrtStatus* ORT_API_CALL FBIEDGE_REGISTER_FUNCTION(OrtSessionOptions* options,
+                                                                            const OrtApiBase* api_base) {
     const OrtApi* api = api_base->GetApi(kOrtApiVersion);
     if (!api) {
         const OrtApi* oldest = api_base->GetApi(1);  // has CreateStatus, to say what is wrong

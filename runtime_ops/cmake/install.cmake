@@ -1,0 +1,36 @@
+# What `cmake --install` writes: headers, libraries, a CMake package and a pkg-config file that can all be moved together.
+# A wheel gets the shared library and the headers, in the folders where `fbiedge library` looks for them.
+
+if(SKBUILD)
+  set(CMAKE_INSTALL_LIBDIR lib)
+  set(CMAKE_INSTALL_INCLUDEDIR include)
+endif()
+include(GNUInstallDirs)
+
+install(TARGETS ${libraries} EXPORT fbiedge_ops-targets
+  LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
+  ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
+  RUNTIME DESTINATION $<IF:$<BOOL:${SKBUILD}>,lib,${CMAKE_INSTALL_BINDIR}>)
+install(FILES include/fbiedge_ops.h include/fbiedge_register.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+if(SKBUILD)
+  return()
+endif()
+
+include(CMakePackageConfigHelpers)
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fbiedge_ops)
+configure_package_config_file(cmake/fbiedge_ops-config.cmake.in fbiedge_ops-config.cmake
+  INSTALL_DESTINATION ${package_dir} NO_SET_AND_CHECK_MACRO)
+write_basic_package_version_file(fbiedge_ops-config-version.cmake COMPATIBILITY ${compatibility})
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fbiedge_ops-config.cmake
+  ${CMAKE_CURRENT_BINARY_DIR}/fbiedge_ops-config-version.cmake DESTINATION ${package_dir})
+install(EXPORT fbiedge_ops-targets NAMESPACE fbiedge_ops:: DESTINATION ${package_dir})
+
+# A C compiler that links the static library must be told of the C++ one's runtime.
+set(private_libraries ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
+list(FILTER private_libraries INCLUDE REGEX "^(stdc\\+\\+|c\\+\\+|m)$")
+list(REMOVE_DUPLICATES private_libraries)
+list(TRANSFORM private_libraries PREPEND -l)
+list(JOIN private_libraries " " private_libraries)
+file(RELATIVE_PATH prefix_of_pc /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+configure_file(cmake/fbiedge_ops.pc.in fbiedge_ops.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fbiedge_ops.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

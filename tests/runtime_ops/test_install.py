@@ -1,0 +1,182 @@
+"""What `cmake --install` gives an app: both libraries, headers that are plain C, find_package and pkg-config."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.native import SOURCE, call, install, tool
+
+from fbiedge import ops_library
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names, links and nm's letters are those of Linux")
+HEADERS = ("fbiedge_ops.h", "fbiedge_register.h")
+VERSION = ops_library.version()
+C99 = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wstrict-prototypes", "-Werror")
+# y = a · W_effᵀ of a 1 x 2 matrix of signs + and -, with scales of 3 and 3: 3 · 5 - 3 · 7.
+PROGRAM = r"""
+#include <fbiedge_ops.h>
+#include <stdio.h>
+
+int main(void) {
+    const float weight[2] = {1.0f, -1.0f}, scales[2] = {3.0f, 3.0f}, a[2] = {5.0f, 7.0f};
+    float y = 0.0f;
+    uint8_t tiles[64];
+    fbiedge_matmul_args args = {0};
+    int status = fbiedge_pack(weight, 1, 2, tiles, sizeof tiles);
+    if (status != FBIEDGE_OK) return 1;
+    args.struct_bytes = sizeof args;
+    args.accuracy_level = FBIEDGE_FP32;
+    args.scale_form = FBIEDGE_COLUMN;
+    args.m = args.n = 1;
+    args.k = 2;
+    args.a = a;
+    args.b = tiles;
+    args.scales = scales;
+    args.y = &y;
+    status = fbiedge_matmul(&args);
+    printf("%s %s %g\n", fbiedge_version(), fbiedge_status_message(status), y);
+    return status;
+}
+"""
+OUTPUT = f"{VERSION} ok -6\n"
+
+
+def exported(library: Path) -> set[str]:
+    """Names that a program can link to."""
+    listing = call(tool("nm"), "-D", "--defined-only", library)
+    return {line.split()[-1] for line in listing.splitlines()}
+
+
+def documented(header: str) -> set[str]:
+    return set(re.findall(r"FBIEDGE_EXPORT\s[^;]*?(fbiedge_\w+)\(", (SOURCE / "include" / header).read_text()))
+
+
+def pkg_config(prefix: Path, *options: str) -> list[str]:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("no pkg-config (Debian: apt-get install pkg-config)")
+    return call("pkg-config", *options, "fbiedge_ops", env={"PKG_CONFIG_PATH": str(prefix / "lib/pkgconfig")}).split()
+
+
+def test_the_files(installed: Path) -> None:
+    names = {str(path.relative_to(installed)) for path in installed.rglob("*") if not path.is_dir()}
+    abi = ".".join(VERSION.split(".")[:2])  # until 1.0
+    libraries = {f"lib/libfbiedge_ops.{end}" for end in ("a", "so", f"so.{abi}", f"so.{VERSION}")}
+    package = {"-config.cmake", "-config-version.cmake", "-targets.cmake", "-targets-release.cmake"}
+    assert names == libraries | {f"include/{name}" for name in HEADERS} | {"lib/pkgconfig/fbiedge_ops.pc"} | {
+        f"lib/cmake/fbiedge_ops/fbiedge_ops{end}" for end in package
+    }
+    assert f"[libfbiedge_ops.so.{abi}]" in call("readelf", "-d", installed / "lib/libfbiedge_ops.so")
+
+
+def test_the_shared_library_exports_what_is_documented(installed: Path) -> None:
+    names = documented("fbiedge_ops.h")
+    assert len(names) == 8
+    assert exported(installed / "lib/libfbiedge_ops.so") == names | {"RegisterCustomOps"}
+
+
+def test_the_static_library_defines_only_names_of_its_own(installed: Path) -> None:
+    """Beside the documented ones those of namespace fbiedge, and copies of the C++ library's that a linker merges."""
+    listing = call(tool("nm"), "--defined-only", "--extern-only", installed / "lib/libfbiedge_ops.a")
+    symbols = [line.split()[1:] for line in listing.splitlines() if len(line.split()) == 3]
+    strong = {name for kind, name in symbols if kind not in "WVu"}
+    assert {name for name in strong if not re.match(r"_Z\w*7fbiedge", name)} == documented("fbiedge_ops.h") | {
+        "RegisterCustomOps"
+    }
+
+
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("compiler", [("gcc", "-xc", *C99), ("g++", "-xc++", "-std=c++11", *C99[1:4], "-Werror")])
+def test_the_headers_alone_compile_as_c_and_cpp(installed: Path, name: str, compiler: tuple[str, ...]) -> None:
+    """No type of C++ or of ONNX Runtime's header is needed to know the interface."""
+    source = f"#include <{name}>\n"
+    command = [tool(compiler[0]), *compiler[1:], "-fsyntax-only", f"-I{installed}/include", "-"]
+    done = subprocess.run(command, input=source, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version_macros_are_the_librarys_version() -> None:
+    text = (SOURCE / "include/fbiedge_ops.h").read_text()
+    macros = dict(re.findall(r"#define FBIEDGE_VERSION(\w*) \"?([\d.]+)\"?\n", text))
+    assert macros[""] == VERSION == ".".join(macros[f"_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def test_a_c_program_by_pkg_config(installed: Path, tmp_path: Path) -> None:
+    """Also after the installation was moved, and linked with the static library by a C compiler."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(installed, moved, symlinks=True)
+    source = tmp_path / "program.c"
+    source.write_text(PROGRAM)
+    assert pkg_config(moved, "--modversion") == [VERSION]
+    shared, static = tmp_path / "shared", tmp_path / "static"
+    call(tool("gcc"), *C99, source, "-o", shared, *pkg_config(moved, "--cflags", "--libs"), f"-Wl,-rpath,{moved}/lib")
+    assert call(shared) == OUTPUT
+    flags = pkg_config(moved, "--static", "--cflags", "--libs")
+    assert flags.count("-lfbiedge_ops") == 1
+    flags[flags.index("-lfbiedge_ops")] = "-l:libfbiedge_ops.a"
+    call(tool("gcc"), *C99, source, "-o", static, *flags)
+    assert call(static) == OUTPUT
+    assert "libfbiedge_ops" not in call("readelf", "-d", static)
+
+
+def test_an_older_or_newer_version_is_not_found(installed: Path, tmp_path: Path) -> None:
+    for wanted, found in (("0.1", True), ("0.1.0", True), ("0.2", False), ("0.0", False), ("1.0", False)):
+        folder = tmp_path / wanted
+        folder.mkdir()
+        (folder / "CMakeLists.txt").write_text(
+            f"cmake_minimum_required(VERSION 3.18)\nproject(app CXX)\nfind_package(fbiedge_ops {wanted} QUIET)\n"
+            'message(STATUS "found: ${fbiedge_ops_FOUND}")\n'
+        )
+        output = call(tool("cmake"), "-S", folder, "-B", folder / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+        assert ("found: 1\n" in output) == found, wanted
+
+
+def test_two_libraries_with_entry_points_of_different_names_in_one_program(installed: Path, tmp_path: Path) -> None:
+    """As on iOS, where every op library is linked statically. The second is ours too, built under another name."""
+    options = ("-DFBIEDGE_REGISTER_FUNCTION=RegisterFbiedgeOps", "-DFBIEDGE_BUILD_SHARED=OFF")
+    second = install(installed.parent / "build", tmp_path / "second", *options)
+    assert [path.name for path in (second / "lib").glob("lib*")] == ["libfbiedge_ops.a"]
+    source = tmp_path / "two.cc"
+    source.write_text(TWO)
+    program = tmp_path / "two"
+    abi = SOURCE / "src/ort/abi"
+    libraries = [prefix / "lib/libfbiedge_ops.a" for prefix in (second, installed)]
+    call(tool("g++"), "-std=c++17", "-Wall", "-Werror", f"-I{abi}", f"-I{second}/include", source, "-o", program,
+         *libraries, "-pthread")  # fmt: skip
+    assert call(program) == "RegisterFbiedgeOps 5, RegisterCustomOps 5\n"
+
+
+# Counts the operators that each entry point adds, with the few functions of ONNX Runtime that this takes.
+TWO = r"""
+#include <onnxruntime_c_api.h>
+#include <cstdio>
+#define FBIEDGE_REGISTER_FUNCTION RegisterFbiedgeOps
+#include <fbiedge_register.h>
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*);
+
+static OrtApi api;
+static int ops = 0;
+
+static int added(OrtStatus* (*entry)(OrtSessionOptions*, const OrtApiBase*)) {
+    const OrtApiBase base = {[](uint32_t) -> const OrtApi* { return &api; }, []() { return "1.31.1"; }};
+    ops = 0;
+    return entry(nullptr, &base) ? -1 : ops;
+}
+
+int main() {
+    api.HasSessionConfigEntry = [](const OrtSessionOptions*, const char*, int* out) -> OrtStatus* { return *out = 0, nullptr; };
+    api.CreateCustomOpDomain = [](const char*, OrtCustomOpDomain**) -> OrtStatus* { return nullptr; };
+    api.CustomOpDomain_Add = [](OrtCustomOpDomain*, const OrtCustomOp*) -> OrtStatus* { return ++ops, nullptr; };
+    api.AddCustomOpDomain = [](OrtSessionOptions*, OrtCustomOpDomain*) -> OrtStatus* { return nullptr; };
+    std::printf("RegisterFbiedgeOps %d, RegisterCustomOps %d\n", added(RegisterFbiedgeOps), added(RegisterCustomOps));
+}
+"""
+
+
+def test_the_python_package_holds_the_headers() -> None:
+    for name in HEADERS:
+        assert (ops_library.include_path() / name).read_bytes() == (SOURCE / "include" / name).read_bytes()
