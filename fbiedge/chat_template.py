@@ -33,7 +33,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
         """`special_tokens`: bos_token, eos_token and so on by name. Raises ModelFileError."""
-        self._special_tokens = special_tokens or {}
+        self.source = source
+        self.special_tokens = special_tokens or {}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
@@ -66,7 +67,7 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of `messages`, ending where the model's answer begins. Raises ModelFileError."""
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
+        variables: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens}
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, cli_evaluate, cli_export
+from . import __version__, cli_evaluate, cli_export, cli_serve
 from .cli_support import extra
 from .errors import FbiEdgeError, UsageError
 
@@ -224,6 +224,7 @@ def init(
 
 
 app.command()(cli_export.export)
+app.command()(cli_serve.serve)
 app.command("eval")(cli_evaluate.evaluate)
 app.command()(cli_evaluate.verify)
 
