@@ -45,6 +45,14 @@ def export(
     kv_cache: Annotated[
         str | None, typer.Option(help="onnx: keys and values, int8 or fp32; default: int8 where the heads allow it")
     ] = None,
+    ops: Annotated[
+        str | None,
+        typer.Option(help="onnx: operators, fbiedge (default) or stock, for runtimes that can't load a library"),
+    ] = None,
+    stock_bits: Annotated[
+        int | None,
+        typer.Option(help="onnx, --ops stock: bits a sign takes in the file: 4 (default), 2, or 1: fp32 in memory"),
+    ] = None,
     allow_lossy: Annotated[
         bool,
         typer.Option(
@@ -72,7 +80,7 @@ def export(
     from . import tables, terminal
 
     kind = _format(source, output, to)
-    onnx_only = {"accuracy-level": accuracy_level, "kv-cache": kv_cache}
+    onnx_only = {"accuracy-level": accuracy_level, "kv-cache": kv_cache, "ops": ops, "stock-bits": stock_bits}
     gguf_only = {
         "allow-lossy": allow_lossy or None, "calibration-text": calibration_text, "name": name, "license": license_,
         "base-model": base_model,
@@ -81,6 +89,8 @@ def export(
         if value is not None:
             other = "onnx" if kind == "gguf" else "gguf"
             raise UsageError(f"--{option} is for --to {other}, and this goes to {kind}; leave it out")
+    if stock_bits is not None and ops != "stock":
+        raise UsageError("--stock-bits has no effect without --ops stock; leave it out")
     texts = _Texts(measured=_read_some(verify_text), fitted=_read_some(calibration_text))
     weights = _open(source, {"tokenizer.json": read_text(tokenizer)} if tokenizer else {})
     _require_tokenizer(weights, source, kind)
@@ -91,7 +101,13 @@ def export(
             update(done, total)
 
         if kind == "onnx":
-            settings: dict[str, Any] = {"accuracy_level": accuracy_level or "int8", "kv_cache": kv_cache}
+            chosen = {
+                "accuracy_level": accuracy_level,
+                "kv_cache": kv_cache,
+                "operators": ops,
+                "stock_bits": stock_bits,
+            }
+            settings: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
             report = _to_onnx(weights, output, texts, progress=progress, **settings, **forms)
         else:
             about = {"name": name or output.stem, "license": license_, "base_model": base_model}

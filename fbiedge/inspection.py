@@ -108,6 +108,7 @@ def _inspect_onnx(model: ModelFile) -> Inspection:
             "accuracy level": model.accuracy_level,
             "head": model.metadata.get("head", "unknown"),
             "kv cache": model.kv_cache,
+            **({"operators": model.metadata["operators"]} if "operators" in model.metadata else {}),
             "format version": model.metadata["format_version"],
             "producer": model.metadata.get("producer", "unknown"),
             **{f"metadata {key}": size for key, size in sizes.items()},

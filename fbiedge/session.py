@@ -12,7 +12,7 @@ between two decoded tokens only the length of the attention mask changes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ class Session(CachedSession):
             )
         model = ModelFile.open(path)
         check_context(context, model.config)
+        is_stock = model.metadata.get("operators") == "stock"
+        if is_stock and accuracy_level not in (None, model.accuracy_level):
+            raise UsageError(
+                f"{model.path} is of stock operators, whose level is in the file: {model.accuracy_level}; "
+                f"export it with --accuracy-level {accuracy_level}"
+            )
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -96,12 +102,13 @@ class Session(CachedSession):
         if own_threads:
             options.add_session_config_entry("fbiedge.threads", str(threads))
         isa, fallback_reason = None, None
-        try:
-            isa = _register_op_library(options)
-            if own_threads:
-                options.intra_op_num_threads = 1
-        except OpLibraryError as error:
-            fallback_reason = str(error)
+        if not is_stock:
+            try:
+                isa = _register_op_library(options)
+                if own_threads:
+                    options.intra_op_num_threads = 1
+            except OpLibraryError as error:
+                fallback_reason = str(error)
         try:
             onnx_session = ort.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -130,7 +137,8 @@ class Session(CachedSession):
     @property
     def description(self) -> str:
         """See CachedSession."""
-        kernels = f"{self.isa} kernels" if self.isa else "stock ops fallback"
+        without = "stock ops fallback" if self.fallback_reason else "stock ops"
+        kernels = f"{self.isa} kernels" if self.isa else without
         head = self.head_activations
         apart = "" if head == self.accuracy_level else f" ({head} in the head)"
         return f"{kernels}, {self.accuracy_level} activations{apart}"

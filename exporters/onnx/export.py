@@ -20,11 +20,12 @@ from .fallback import DOMAIN, OPSET, binary_matmul_function
 from .fallback_attention import attention_function
 from .fallback_fused import binary_qkv_function, binary_swiglu_function
 from .fallback_head import matmul_nbits_function
-from .graph import CONTRIB, build_graph
+from .graph import build_graph
 from .metadata import make_metadata
-from .options import HEAD_BITS, AccuracyLevel, Embedding, ExportOptions, Head, KVCache, Storage
+from .options import HEAD_BITS, AccuracyLevel, Embedding, ExportOptions, Head, KVCache, Operators, StockBits, Storage
 from .plan import Losses, plan_tensors
 from .sources import inventory
+from .stock import CONTRIB
 from .verify import VerifyReport, check_export
 from .vocabulary import choose_embedding, choose_head
 from .writer import EMBED_LIMIT_BYTES, Progress, data_path, write_model
@@ -50,18 +51,21 @@ def export_onnx(
     weights: Weights,
     out: Path,
     *,
-    accuracy_level: AccuracyLevel = "int8",
+    accuracy_level: AccuracyLevel | None = None,
     head: Head | None = None,
     embedding: Embedding | None = None,
     block_scales: Storage = "fp16",
     kv_cache: KVCache | None = None,
+    operators: Operators = "fbiedge",
+    stock_bits: StockBits = 4,
     embed_limit_bytes: int = EMBED_LIMIT_BYTES,
     progress: Progress | None = None,
     verify_on: Sequence[int] | None = None,
 ) -> ExportReport:
     """Write `weights` as an ONNX model at `out`, replacing an older file, holding about one tensor in memory.
 
-    Where head and embedding are left open: 1 bit where the weights hold them so, else int8 and fp32.
+    Where head and embedding are left open: 1 bit where the weights hold them so, else int8 and fp32; the level is then
+    int8, but for `stock_bits` of 1.
     With the token ids `verify_on`, the file is compared with `weights` before it appears (see verify.check_export).
     Raises UsageError (an option or head_dim that can't be, an output that is the source), CheckpointError (weights that
     contradict their config, a tokenizer or other file beside them that can't be used) or OutputError (disk full, no
@@ -72,11 +76,13 @@ def export_onnx(
     require_utf8(out, OutputError)
     _refuse_source(weights, out)
     options = ExportOptions(
-        accuracy_level=accuracy_level,
+        accuracy_level=accuracy_level or ("fp32" if operators == "stock" and stock_bits == 1 else "int8"),
         head=choose_head(weights, head),
         embedding=choose_embedding(weights, embedding),
         block_scales=block_scales,
         kv_cache=kv_cache,
+        operators=operators,
+        stock_bits=stock_bits,
     )
     losses = Losses()
     sources = list(plan_tensors(weights, options, losses))
@@ -111,12 +117,12 @@ def _refuse_source(weights: Weights, out: Path) -> None:
 
 
 def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
-    binary = config.scaling_pattern != "none"
+    ours = options.ours(config)
     functions: list[FunctionProto] = []
-    if binary:
+    if ours:
         form = config.scaling_pattern
         functions = [binary_qkv_function(form), binary_swiglu_function(form), binary_matmul_function(form, bias=True)]
-    if binary and options.head in HEAD_BITS:
+    if ours and options.head in HEAD_BITS:
         functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
     if options.cache(config) == "int8":
         functions.append(attention_function(norms=config.has_head_norms))

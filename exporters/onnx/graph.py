@@ -13,8 +13,8 @@ a scale for each row.
     logits = lm_head(norm(x)[-logits_to_keep:])
 
 A binary layer is five nodes: norm and q, k, v (BinaryQKV); attention; o_proj and the sum (BinaryMatMul); norm, gate, up
-and their product (BinarySwiGLU); down_proj and the sum (BinaryMatMul). Without `fused`, and in a model that isn't
-binary, each step is a node of its own.
+and their product (BinarySwiGLU); down_proj and the sum (BinaryMatMul). Without `fused`, in stock operators (stock.py) and
+in a model that isn't binary, each step is a node of its own.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
 from .nodes import Nodes
 from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions, fused_rope
+from .stock import CONTRIB, stock_linear
+from .unfolded import unfolded_head, unfolded_matrix
 from .vocabulary import EMBEDDING, HEAD, rows_are_shared
 
-CONTRIB = "com.microsoft"
 KEEP = "logits_to_keep"
 
 # GroupQueryAttention rejects other head sizes when it runs (ONNX Runtime 1.18 to 1.31).
@@ -45,7 +46,7 @@ _HEAD_DIM_MULTIPLE = 8
 
 
 def build_graph(config: ModelConfig, options: ExportOptions, *, fused: bool = True) -> GraphProto:
-    """The graph without its weights: the writer adds those as initializers. Only a binary model's can be fused.
+    """The graph without its weights: the writer adds those as initializers. Only one of our operators can be fused.
 
     Raises UsageError for a head_dim that ONNX Runtime's attention can't take.
     """
@@ -57,7 +58,7 @@ def build_graph(config: ModelConfig, options: ExportOptions, *, fused: bool = Tr
     builder = _Builder(config, options)
     builder.prologue()
     builder.embedding()
-    add_layer = builder.fused_layer if fused and config.scaling_pattern != "none" else builder.layer
+    add_layer = builder.fused_layer if fused and builder.ours else builder.layer
     for layer in range(config.num_hidden_layers):
         add_layer(layer)
     builder.head()
@@ -100,6 +101,7 @@ class _Builder(Nodes):
         self.config = config
         self.options = options
         self.fused_rope = fused_rope(config)
+        self.ours = options.ours(config)
         self.int8_cache = options.cache(config) == "int8"
         self.residual = ""  # sum of all blocks so far
         self.pending = ""  # output of the last block, to be added to the residual by the next norm
@@ -159,6 +161,8 @@ class _Builder(Nodes):
         if self.config.scaling_pattern == "none":
             return self.node("MatMul", name, [x, f"{name}.weight"])
         n, k = self.shape(name)
+        if not self.ours:
+            return self.stock(name, x, n, k)
         return self.binary(OP_TYPE, name, [x, *self.matrix(name), residual], K=k, N=n)
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -168,6 +172,13 @@ class _Builder(Nodes):
         """The inputs B, scales and offsets of a binary linear; block form has no offsets."""
         offsets = "" if self.config.scaling_pattern == "block" else f"{name}.beta"
         return [f"{name}.bits", f"{name}.alpha", offsets]
+
+    def stock(self, name: str, x: str, n: int, k: int, output: str = "") -> str:
+        form, bits = self.config.scaling_pattern, self.options.stock_bits
+        if self.options.unfolded:
+            return self.node("MatMul", name, [x, unfolded_matrix(self, name, form=form, n=n, k=k)], [output or name])
+        level = ACCURACY_LEVELS[self.options.accuracy_level]
+        return stock_linear(self, name, x, form=form, n=n, k=k, bits=bits, accuracy_level=level, output=output or name)
 
     def binary(self, op_type: str, name: str, inputs: list[str], outputs: Sequence[str] = (), **attributes: Any) -> str:
         """A node of ours; absent inputs at the end are left out."""
@@ -292,16 +303,23 @@ class _Builder(Nodes):
             return
         if self.options.head == "1bit":
             n, k = self.config.vocab_size, self.config.hidden_size
+            if not self.ours:
+                self.stock(HEAD, x, n, k, "logits")
+                return
             inputs = [x, *self.matrix(HEAD), f"{HEAD}.bias"]
             self.binary(OP_TYPE, HEAD, inputs, ["logits"], K=k, N=n)
             return
-        ours = self.options.ours(self.config)
+        if self.options.unfolded:
+            n, k = self.config.vocab_size, self.config.hidden_size
+            matrix = unfolded_head(self, HEAD, n=n, k=k, bits=HEAD_BITS[self.options.head])
+            self.node("MatMul", HEAD, [x, matrix], ["logits"])
+            return
         self.node(
             "MatMulNBits",
             "lm_head",
-            [x, "lm_head.tiles"] if ours else [x, "lm_head.codes", "lm_head.scales"],
+            [x, "lm_head.tiles"] if self.ours else [x, "lm_head.codes", "lm_head.scales"],
             ["logits"],
-            DOMAIN if ours else CONTRIB,
+            DOMAIN if self.ours else CONTRIB,
             K=self.config.hidden_size,
             N=self.config.vocab_size,
             bits=HEAD_BITS[self.options.head],

@@ -11,6 +11,7 @@ fbiedge.chat_template       Jinja text, from chat_template.jinja or tokenizer_co
 fbiedge.accuracy_level      "int8" | "fp32"
 fbiedge.head                "int8" | "int4" | "fp32" | "1bit"
 fbiedge.head_operator       "fbiedge" | "stock", whose operator computes it               (absent in old files: stock)
+fbiedge.operators           "stock": none of ours is in the file              (absent in others)
 fbiedge.kv_cache            "int8" | "fp32"                                   (absent in older files: fp32)
 fbiedge.inventory           JSON, see plan.inventory
 """
@@ -53,6 +54,8 @@ def make_metadata(
         "fbiedge.head_operator": "fbiedge" if options.head != "fp32" and options.ours(config) else "stock",
         "fbiedge.inventory": json.dumps(list(inventory)),
     }
+    if options.operators == "stock":
+        metadata["fbiedge.operators"] = "stock"
     metadata |= {key: files[name] for name, key in _FILE_KEYS.items() if name in files}
     if template := chat_template(files):
         metadata["fbiedge.chat_template"] = template

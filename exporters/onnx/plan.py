@@ -7,11 +7,14 @@ Names are the checkpoint's, with the part after the last dot saying what is stor
     model.layers.0.self_attn.q_proj.bits          uint8 [ceil(N/16), ceil(K/32), 64], tiles (fbiedge.bits)
     model.layers.0.self_attn.q_proj.alpha, .beta  float32 (K,) column | (N,) row | (1,) single;
                                                   block: alpha float16 or float32 [ceil(N/16), ceil(K/128), 16]
+    model.layers.0.self_attn.q_proj.sign_codes    the same for stock operators: uint8 [N, ceil(K/128), …], see stock.py;
+                                                  beside it .alpha and .beta, or .scales float32 of form block
+    ones.4096                                     float32, scales of as many blocks of codes
     model.layers.0.self_attn.q_proj.weight        float32 [K, N], of an ordinary Llama (transposed for MatMul)
     model.layers.0.input_layernorm.weight         float32 [hidden]; of self_attn.q_norm and k_norm [head_dim]
     lm_head.bits, .alpha, .bias                   1-bit head, also of form block; a tied embedding is in them; zeros
     lm_head.tiles                                 int8 or int4 head: uint8 [ceil(N/16), ceil(K/128), …], see head.py
-    lm_head.codes, lm_head.scales                 the same for stock operators
+    lm_head.codes, lm_head.scales                 the same for stock operators; a 1-bit head as q_proj's above
     lm_head.weight                                float32 [hidden, vocab], fp32 head (transposed for MatMul)
     rope.cos, rope.sin                            float32 [context, head_dim / 2]
 """
@@ -32,6 +35,7 @@ from fbiedge.weights import BinaryLinear, Weights
 
 from .options import ExportOptions
 from .sources import Source, TensorSpec, binary_source, plain_source, shaped
+from .stock import ones_source, stock_source
 from .vocabulary import embedding_source, head_source
 
 
@@ -51,6 +55,9 @@ def plan_tensors(weights: Weights, options: ExportOptions, losses: Losses) -> It
     hidden = config.hidden_size
     yield from embedding_source(weights, options)
     yield _rope_tables(config)
+    if options.operators == "stock" and not options.unfolded and config.scaling_pattern not in ("none", "block"):
+        ones = [ones_source(n, k) for n, k in config.linear_shapes().values()]
+        yield from {source.specs[0].name: source for source in ones}.values()
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         yield plain_source(weights, f"{prefix}input_layernorm.weight", (hidden,), "norms")
@@ -93,6 +100,8 @@ def _binary_linear(
         losses.zeros += linear.zeros
         return linear
 
+    if not options.ours(weights.config) and not options.unfolded:
+        return stock_source(name, n, k, pattern, read, group=group, bits=options.stock_bits)
     return binary_source(name, n, k, pattern, read, group=group, block_scales=options.block_scales)
 
 

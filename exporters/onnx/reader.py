@@ -27,6 +27,7 @@ from .head import GROUP as HEAD_GROUP
 from .head import QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
 from .metadata import read_metadata
 from .sources import untile_scales
+from .stock import CODES, code_bits, packed_signs
 from .vocabulary import EMBEDDING, HEAD
 
 # Operator -> its nodes, named by what follows the layer -> the linears that its attributes N… are the rows of. A node
@@ -123,7 +124,7 @@ class OnnxWeights:
 
     def binary_head(self) -> BinaryLinear | None:
         """See HasBinaryRows."""
-        if f"{HEAD}.bits" not in self.tensors:
+        if f"{HEAD}.bits" not in self.tensors and f"{HEAD}.{CODES}" not in self.tensors:
             return None
         return self._binary(HEAD, self.config.vocab_size, self.config.hidden_size, "block")
 
@@ -139,6 +140,9 @@ class OnnxWeights:
 
     def _binary(self, name: str, n: int, k: int, pattern: ScalingPattern) -> BinaryLinear:
         alpha, beta = self._scales(name, n, k, pattern)
+        if f"{name}.{CODES}" in self.tensors:
+            packed = packed_signs(self._codes(name, n, k), k, f"{self.path}: {name}")
+            return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
         packed = untile_bits(self._read(f"{name}.bits", (-(-n // 16), -(-k // 32), 64)), n, k)
         return BinaryLinear(packed=packed, n=n, k=k, pattern=pattern, alpha=alpha, beta=beta, zeros=0)
 
@@ -146,10 +150,17 @@ class OnnxWeights:
         self, name: str, n: int, k: int, pattern: ScalingPattern
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         """Alpha and, but for `block`, beta."""
+        if pattern == "block" and f"{name}.{CODES}" in self.tensors:
+            groups = -(-k // BLOCK_SIZE)
+            return self._read(f"{name}.scales", (n * groups,)).reshape(n, groups), None
         if pattern == "block":
             return untile_scales(self._read(f"{name}.alpha", (-(-n // 16), -(-k // BLOCK_SIZE), 16)), n), None
         shape = {"column": (k,), "row": (n,), "single": (1,)}[pattern]
         return self._read(f"{name}.alpha", shape), self._read(f"{name}.beta", shape)
+
+    def _codes(self, name: str, n: int, k: int) -> npt.NDArray[np.uint8]:
+        bits = code_bits(self.tensors[f"{name}.{CODES}"].dims[-1])
+        return self._read(f"{name}.{CODES}", (n, -(-k // BLOCK_SIZE), BLOCK_SIZE * bits // 8))
 
     def _head_tiles(self) -> tuple[int, npt.NDArray[np.uint8]]:
         """Bits and tiles."""

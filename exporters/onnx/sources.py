@@ -104,19 +104,24 @@ def binary_source(
     ]
 
     def read() -> list[npt.NDArray[Any]]:
-        linear = read_linear()
-        if linear.pattern != pattern:
-            raise CheckpointError(f"{name} is not binary with scaling_pattern {pattern!r}, as the config says")
-        if (linear.n, linear.k) != (n, k):
-            raise CheckpointError(f"{name} has shape {(linear.n, linear.k)}, expected {(n, k)} by the config")
+        linear = checked(name, read_linear(), n, k, pattern)
         tiles = tile_bits(linear.packed)
-        if pattern == "block":
-            return [tiles, as_dtype(f"{name}.alpha", tile_scales(linear.alpha), scale_dtype)]
         if linear.beta is None:
-            raise CheckpointError(f"{name} has no wbias, expected one with scaling_pattern {pattern!r}")
+            return [tiles, as_dtype(f"{name}.alpha", tile_scales(linear.alpha), scale_dtype)]
         return [tiles, linear.alpha, linear.beta]
 
     return Source(specs=(bits, *scales), read=read)
+
+
+def checked(name: str, linear: BinaryLinear, n: int, k: int, pattern: ScalingPattern) -> BinaryLinear:
+    """`linear`, which must be [n, k] in this pattern, with a beta but for `block`. Raises CheckpointError."""
+    if linear.pattern != pattern:
+        raise CheckpointError(f"{name} is not binary with scaling_pattern {pattern!r}, as the config says")
+    if (linear.n, linear.k) != (n, k):
+        raise CheckpointError(f"{name} has shape {(linear.n, linear.k)}, expected {(n, k)} by the config")
+    if linear.beta is None and pattern != "block":
+        raise CheckpointError(f"{name} has no wbias, expected one with scaling_pattern {pattern!r}")
+    return linear
 
 
 def tile_scales(alpha: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -23,6 +23,7 @@ from .head import GROUP as HEAD_GROUP
 from .head import HasQuantizedHead, QuantizedHead, head_from_binary, quantize_head, tile_group_bytes
 from .options import HEAD_BITS, Embedding, ExportOptions, Head
 from .sources import DTYPES, Source, TensorSpec, binary_source, plain_source, shaped
+from .stock import stock_source
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -57,7 +58,8 @@ def choose_embedding(weights: Weights, wanted: Embedding | None) -> Embedding:
 
 def rows_are_shared(config: ModelConfig, options: ExportOptions) -> bool:
     """Whether the embedding looks its rows up in the head's tiles."""
-    return config.tie_word_embeddings and options.head == options.embedding == "1bit"
+    tiles = options.ours(config) or options.unfolded
+    return tiles and config.tie_word_embeddings and options.head == options.embedding == "1bit"
 
 
 def embedding_source(weights: Weights, options: ExportOptions) -> Iterator[Source]:
@@ -86,6 +88,8 @@ def head_source(weights: Weights, options: ExportOptions) -> Iterator[Source]:
 
     if options.head == "1bit":
         yield _binary_rows(weights, HEAD, options)
+        if not options.ours(weights.config):
+            return
         bias = spec("bias", "float32", (vocab,), "fp32", 0)
         yield Source(specs=(bias,), read=lambda: [np.zeros(vocab, np.float32)])
     elif options.head == "fp32":
@@ -120,10 +124,13 @@ def _binary_rows(weights: Weights, name: str, options: ExportOptions) -> Source:
             raise CheckpointError(f"{name} is not 1 bit any more")
         return rows
 
+    n, k = config.vocab_size, config.hidden_size
+    if name == HEAD and not (options.ours(config) or options.unfolded):
+        return stock_source(name, n, k, "block", read, group="head", bits=options.stock_bits)
     source = binary_source(
         name,
-        config.vocab_size,
-        config.hidden_size,
+        n,
+        k,
         "block",
         read,
         group="head" if name == HEAD else "embedding",

@@ -25,12 +25,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peer_models import RandomWeights, parameters, write_stock_onnx
+from peer_models import RandomWeights, parameters
 
 from fbiedge.bench import WORKER, BenchOptions, Spread, Worker
 from fbiedge.config import ModelConfig, preset
 from fbiedge.exporters.onnx import export_onnx
-from fbiedge.exporters.onnx.options import ExportOptions, Head
+from fbiedge.exporters.onnx.options import Head, StockBits
 from fbiedge.machine import describe_machine
 from fbiedge.ops_library import active_isa
 from fbiedge.read_speed import ReadLoop
@@ -57,10 +57,10 @@ def engines(scaling_pattern: str, head: Head, llama_python: Path | None) -> list
     def write_ours(config: ModelConfig, out: Path) -> None:
         export_onnx(RandomWeights(config), out, head=head)
 
-    def write_stock(bits: int) -> Callable[[ModelConfig, Path], None]:
+    def write_stock(bits: StockBits) -> Callable[[ModelConfig, Path], None]:
         def write(config: ModelConfig, out: Path) -> None:
             weights = RandomWeights(replace(config, scaling_pattern="block"))
-            write_stock_onnx(weights, out, bits=bits, options=ExportOptions(head=head))
+            export_onnx(weights, out, head=head, operators="stock", stock_bits=bits)
 
         return write
 
