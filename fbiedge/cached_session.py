@@ -6,7 +6,9 @@ Rows of the cache count up to `position` only, so forgetting tokens is free. A s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,6 +118,26 @@ class CachedSession(ABC):
         Siblings are for many conversations at a time, not for many threads: one runs at a time. Raises UsageError
         where memory is short.
         """
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the model is made of."""
+        return (self.model.path, *(self.model.path.with_name(name) for name in sorted(self.model.external_bytes)))
+
+    @abstractmethod
+    def rows(self) -> Iterator[npt.NDArray[Any]]:
+        """Keys and values of the tokens in the cache, for `restore` of a session of the same kind."""
+
+    def restore(self, ids: Sequence[int], rows: memoryview) -> None:
+        """Have `ids` in the cache, with the keys and values that `rows()` gave. Raises UsageError; the cache is then empty."""
+        self.truncate(0)
+        self._check(ids)
+        self._restore(len(ids), rows)
+        self._tokens.extend(ids)
+
+    @abstractmethod
+    def _restore(self, count: int, rows: memoryview) -> None:
+        """Take the keys and values of `count` tokens. Raises UsageError where they are none of this session's."""
 
     @abstractmethod
     def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, cli_evaluate, cli_export, cli_serve
-from .cli_support import extra
+from . import __version__, cli_evaluate, cli_export, cli_generate, cli_serve, cli_web
+from .cli_support import bundled_model, extra
 from .errors import FbiEdgeError, UsageError
 
 app = typer.Typer(
@@ -25,19 +25,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path | None, typer.Argument(help="model.onnx or model.gguf; default: the bundled model")]
-Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
 AccuracyLevel = Annotated[str | None, typer.Option(help="activations: int8 or fp32; default: the model's")]
-Context = Annotated[
-    int | None, typer.Option(help="tokens the KV cache holds; default: the model's most (a GGUF: in 2 GiB)")
-]
-MaxTokens = Annotated[int | None, typer.Option(help="stop after this many tokens")]
-Temperature = Annotated[float | None, typer.Option(help="0 always picks the most likely token")]
-TopK = Annotated[int | None, typer.Option(help="keep the k most likely tokens; 0 keeps all")]
-TopP = Annotated[float | None, typer.Option(help="keep the most likely tokens up to this probability; 1 keeps all")]
-MinP = Annotated[float | None, typer.Option(help="keep tokens with this share of the best's probability")]
-Penalty = Annotated[float | None, typer.Option(help="above 1 makes recent tokens less likely")]
-Seed = Annotated[int | None, typer.Option(help="the same seed gives the same text")]
-Stop = Annotated[list[str] | None, typer.Option(help="end the text before this string; may be given again")]
 
 
 @app.callback(invoke_without_command=True)
@@ -51,74 +39,8 @@ def _root(
         typer.echo(context.get_help())
 
 
-@app.command()
-def chat(
-    model: Model = None,
-    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    threads: Threads = None,
-    accuracy_level: AccuracyLevel = None,
-    context: Context = None,
-) -> None:
-    """Chat with a model. In a pipe, every line is a turn."""
-    from . import terminal
-    from .chat import Chat
-
-    session = _open_session(model, threads, accuracy_level, context)
-    options = _generation_options(
-        session, max_tokens, stop, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed,
-    )  # fmt: skip
-    terminal.run_chat(Chat(session, options, system=system))
-
-
-@app.command()
-def generate(
-    model: Model = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="text to continue; absent or -: read it from a pipe"),
-    ] = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    threads: Threads = None,
-    accuracy_level: AccuracyLevel = None,
-    context: Context = None,
-) -> None:
-    """Continue a text on stdout; speed goes to stderr."""
-    from . import terminal
-    from .generate import end_tokens
-    from .generate import generate as run
-    from .tokenizer import Tokenizer
-
-    if prompt is None or prompt == "-":
-        prompt = terminal.read_prompt()
-    session = _open_session(model, threads, accuracy_level, context)
-    options = _generation_options(
-        session, max_tokens, stop, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed,
-    )  # fmt: skip
-    tokenizer = Tokenizer.from_model(session.model)
-    ends = end_tokens(session.model, tokenizer)
-    with terminal.interruptible() as cancelled:
-        events = run(session, tokenizer, tokenizer.encode(prompt), options, ends=ends, cancelled=cancelled)
-        stats = terminal.stream_answer(events)
-    terminal.print_stats(stats, session, engine=True)
-    if stats.finish_reason == "cancelled":
-        raise typer.Exit(130)
+app.command()(cli_generate.chat)
+app.command()(cli_generate.generate)
 
 
 @app.command()
@@ -162,7 +84,7 @@ def bench(
         threads=_numbers("threads", threads), repetitions=repetitions, accuracy_level=accuracy_level,
     )  # fmt: skip
     with terminal.progress_bar("measuring") as update:
-        for event in run(model or _bundled_model(), options):
+        for event in run(model or bundled_model(), options):
             if isinstance(event, BenchReport):
                 report = event
             else:
@@ -225,6 +147,7 @@ def init(
 
 app.command()(cli_export.export)
 app.command()(cli_serve.serve)
+app.command()(cli_web.web)
 app.command("eval")(cli_evaluate.evaluate)
 app.command()(cli_evaluate.verify)
 
@@ -238,44 +161,6 @@ def train(context: typer.Context) -> None:
         importlib.import_module("torch")
         training: Any = importlib.import_module("fbiedge.training.cli")
     raise typer.Exit(training.main(context.args))
-
-
-def _open_session(model: Path | None, threads: int | None, accuracy_level: str | None, context: int | None) -> Any:
-    """The session, after a warning where something is not as it should be."""
-    from . import terminal
-    from .engines import open_session
-
-    path = model or _bundled_model()
-    session = open_session(path, threads=threads, accuracy_level=accuracy_level, context=context)
-    if session.warning:
-        terminal.print_warning(session.warning)
-    if accuracy_level not in (None, session.accuracy_level):
-        terminal.print_warning(
-            f"--accuracy-level {accuracy_level} has no effect on stock ops, which compute as the file says: "
-            f"{session.accuracy_level}; export it with --accuracy-level {accuracy_level}"
-        )
-    return session
-
-
-def _bundled_model() -> Path:
-    import importlib.resources
-
-    path = Path(str(importlib.resources.files("fbiedge") / "models" / "default.onnx"))
-    if not path.is_file():
-        raise UsageError("this installation has no bundled model; give the path of a model.onnx")
-    return path
-
-
-def _generation_options(session: Any, max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> Any:
-    from .generate import GenerationOptions
-    from .sampling import SamplingOptions
-
-    recommended = session.model.json_object("generation_config")
-    return GenerationOptions(
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        sampling=SamplingOptions.from_generation_config(recommended, **sampling),
-    )
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

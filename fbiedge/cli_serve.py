@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_support import extra
+from .cli_support import extra, open_model
 
 
 def serve(
@@ -44,7 +44,6 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: chat and completions over HTTP, on this machine unless --host says otherwise."""
-    from .cli import _open_session
     from .serve.options import ServerOptions
 
     options = ServerOptions(
@@ -55,4 +54,4 @@ def serve(
     )  # fmt: skip
     with extra("serve"):
         from .serve.server import serve as run
-    run(_open_session(model, threads, accuracy_level, context), options)
+    run(open_model(model, threads, accuracy_level, context), options)

@@ -202,7 +202,7 @@ def generate(
 
     cached = engine.reuse(prompt_ids)
     logits = yield from _run(engine, prompt_ids[cached:], cancelled)
-    prefilled = time.perf_counter()
+    prefilled = decoding = time.perf_counter()
 
     finish_reason: FinishReason = "cancelled"
     while logits is not None and not cancelled():
@@ -217,6 +217,8 @@ def generate(
         else:
             chosen, top = log_probabilities(logits, token_id, options.logprobs)
             yield Piece(text=text, token_id=token_id, logprob=chosen, top_logprobs=top)
+        if len(generated) == 1:  # however long whoever got the first token took to keep the prompt's rows
+            decoding = time.perf_counter()
         if matcher.stopped:
             finish_reason = "stop"
             break
@@ -246,7 +248,7 @@ def generate(
         cached_tokens=cached,
         generated_ids=tuple(generated),
         prefill_seconds=prefilled - started,
-        decode_seconds=time.perf_counter() - prefilled,
+        decode_seconds=time.perf_counter() - decoding,
         finish_reason=finish_reason,
         ended_by=ended_by,
         drafted_tokens=decoder.drafted,

@@ -10,7 +10,7 @@ import contextlib
 import math
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +70,20 @@ class KVCache:
             place = ("cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
             binding.bind_input(f"past_key_values.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
+
+    def rows(self, count: int) -> Iterator[npt.NDArray[Any]]:
+        """The first `count` rows of each buffer in turn."""
+        return (np.ascontiguousarray(buffer[:, :, :count]) for buffer in self.buffers.values())
+
+    def restore(self, count: int, rows: memoryview) -> None:
+        """Write what `rows` gave, one buffer after another. Raises UsageError where it is not that long."""
+        parts = [buffer[:, :, :count] for buffer in self.buffers.values()]
+        expected = sum(part.nbytes for part in parts)
+        if len(rows) != expected:
+            raise UsageError(f"it has {len(rows)} bytes of keys and values, expected {expected}")
+        for part in parts:
+            part[...] = np.frombuffer(rows[: part.nbytes], part.dtype).reshape(part.shape)
+            rows = rows[part.nbytes :]
 
     @staticmethod
     def _shape(config: ModelConfig, part: str, capacity: int) -> tuple[int, ...]:

@@ -109,6 +109,25 @@ class Llama:
         """Forget all but the first `length` tokens."""
         self._api.llama_memory_seq_rm(self._memory, 0, length, -1)
 
+    def state(self) -> npt.NDArray[np.uint8]:
+        """Keys and values of the sequence, in llama.cpp's own form."""
+        api = self._api
+        state = np.empty(api.llama_state_seq_get_size(self._context, 0), np.uint8)
+        written = api.llama_state_seq_get_data(self._context, _bytes(state), state.nbytes, 0)
+        return state[:written]
+
+    def restore(self, state: memoryview) -> None:
+        """What `state` gave, to a context without tokens. Raises UsageError where llama.cpp refuses it."""
+        _log.clear()
+        taken = np.frombuffer(state, np.uint8)
+        if self._api.llama_state_seq_set_data(self._context, _bytes(taken), taken.nbytes, 0) != taken.nbytes:
+            self.cut(0)
+            raise UsageError(f"llama.cpp refuses its keys and values: {_log.reason()}")
+
+
+def _bytes(array: npt.NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
 
 class _Log:
     """llama.cpp's last lines. There is one log for the process."""

@@ -11,8 +11,9 @@ llama.cpp ends the process where something is wrong that it didn't expect. So a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +37,20 @@ class LlamaCppSession(CachedSession):
     """A model in llama.cpp, for one conversation at a time."""
 
     def __init__(
-        self, model: ModelFile, llama: Llama, *, capacity: int, threads: int, description: str, warning: str | None
+        self,
+        model: ModelFile,
+        llama: Llama,
+        *,
+        capacity: int,
+        threads: int,
+        adapter: Path | None,
+        description: str,
+        warning: str | None,
     ) -> None:
         """Use `LlamaCppSession.open`."""
         super().__init__(model, capacity=capacity, threads=threads)
         self._llama = llama
+        self._adapter = adapter
         # Rows that llama.cpp may hold: more than `position` after truncate, or where Ctrl-C came in a run.
         self._held = 0
         self._description, self._warning = description, warning
@@ -70,7 +80,7 @@ class LlamaCppSession(CachedSession):
         llama.open_context(capacity, CHUNK, threads)
         missing = missing_adapter(file, adapter)
         return cls(
-            model, llama, capacity=capacity, threads=threads,
+            model, llama, capacity=capacity, threads=threads, adapter=adapter,
             description=f"llama.cpp ({llama.version}), {layer_types(file)} layers{f' with {adapter.name}' if adapter else ''}",
             warning=f"{path.name}: {missing}; without them the model answers worse" if missing else None,
         )  # fmt: skip
@@ -93,13 +103,32 @@ class LlamaCppSession(CachedSession):
     def sibling(self) -> LlamaCppSession:
         """See CachedSession."""
         return LlamaCppSession(
-            self.model, self._llama.sibling(), capacity=self.capacity, threads=self.threads,
+            self.model, self._llama.sibling(), capacity=self.capacity, threads=self.threads, adapter=self._adapter,
             description=self._description, warning=self._warning,
         )  # fmt: skip
 
-    def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See CachedSession."""
+        return (*super().files, *([self._adapter] if self._adapter else []))
+
+    def rows(self) -> Iterator[npt.NDArray[Any]]:
+        """See CachedSession."""
+        self._settle()
+        yield self._llama.state()
+
+    def _restore(self, count: int, rows: memoryview) -> None:
+        self._settle()  # of the cache, which is empty now
+        self._llama.restore(rows)
+        self._held = count
+
+    def _settle(self) -> None:
         if self._held > self.position:
             self._llama.cut(self.position)
+            self._held = self.position
+
+    def _run(self, ids: Sequence[int], keep: int) -> npt.NDArray[np.float32]:
+        self._settle()
         self._held = self.position + len(ids)
         rows = self._llama.decode(ids, every=keep > 1)
         self._tokens.extend(ids)  # last, and in one step: Ctrl-C may come anywhere before it

@@ -156,9 +156,16 @@ class Session(CachedSession):
     def sibling(self) -> Session:
         """See CachedSession."""
         return Session(
-            self.model, self._onnx, capacity=self.capacity, threads=self.threads, accuracy_level=self.accuracy_level or self.model.accuracy_level,
-            isa=self.isa, fallback_reason=self.fallback_reason,
+            self.model, self._onnx, capacity=self.capacity, threads=self.threads, isa=self.isa,
+            accuracy_level=self.accuracy_level or self.model.accuracy_level, fallback_reason=self.fallback_reason,
         )  # fmt: skip
+
+    def rows(self) -> Iterator[npt.NDArray[Any]]:
+        """See CachedSession."""
+        return self._kv_cache.rows(self.position)
+
+    def _restore(self, count: int, rows: memoryview) -> None:
+        self._kv_cache.restore(count, rows)
 
     def _bind(self) -> None:
         config = self.config

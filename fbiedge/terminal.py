@@ -134,10 +134,12 @@ def describe_engine(session: CachedSession) -> str:
 def print_stats(stats: GenerationStats, session: CachedSession, *, engine: bool) -> None:
     """One dim line on stderr: speed of prefill and decode, and why the text ended."""
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    lookup = f" ({stats.accepted_tokens} of {stats.drafted_tokens} guesses right)" if stats.drafted_tokens else ""
+    shifted = f" ({stats.shifted_tokens} tokens forgotten)" if stats.shifted_tokens else ""
     fields = [
         f"prefill {stats.prompt_tokens - stats.cached_tokens} tokens{cached}, {stats.prefill_tokens_per_second:.0f} tok/s",
-        f"decode {stats.generated_tokens} tokens, {stats.decode_tokens_per_second:.1f} tok/s",
-        f"context {session.position}/{session.capacity}",
+        f"decode {stats.generated_tokens} tokens, {stats.decode_tokens_per_second:.1f} tok/s{lookup}",
+        f"context {session.position}/{session.capacity}{shifted}",
         f"ended by {_REASONS[stats.finish_reason]}",
     ]
     if engine:
@@ -154,14 +156,17 @@ _REASONS = {
 }
 
 
-def run_chat(chat: Chat) -> None:
+def run_chat(chat: Chat, *, first: str | None = None) -> None:
     """Chat until the input ends: with a terminal, a prompt and status lines; in a pipe, a turn a line and nothing else.
 
+    first: a turn before those of the input.
     In a pipe, raises FbiEdgeError where a turn can't be answered; at a terminal it says so and goes on.
     """
     if sys.stdin is None:
         raise UsageError("there is no input, stdin is closed; run chat at a terminal or pipe turns in")
     if not sys.stdin.isatty():
+        if first is not None:
+            stream_answer(chat.ask(first))
         for line in sys.stdin:
             command = line.strip()
             if command == "/exit":
@@ -172,6 +177,9 @@ def run_chat(chat: Chat) -> None:
                 stream_answer(chat.ask(line.rstrip("\r\n")))
         return
     _print_header(chat)
+    if first is not None:
+        print(f"\n> {first.translate(_CONTROLS)}", file=sys.stderr)
+        _answer(chat, first)
     while (line := _read_line()) is not None:
         match line.strip():
             case "":
@@ -200,7 +208,10 @@ def _answer(chat: Chat, line: str) -> None:
         err.print(Text(str(error), style="yellow"), soft_wrap=True)
         return
     print_stats(stats, chat.session, engine=False)
-    if stats.finish_reason == "context":
+    if chat.forgotten_turns:
+        turns = "the oldest turn was" if chat.forgotten_turns == 1 else f"the {chat.forgotten_turns} oldest turns were"
+        err.print(Text(f"the context is full: {turns} forgotten", style="dim"), soft_wrap=True)
+    if stats.finish_reason == "context" and not chat.options.context_shift:
         full = f"the context of {chat.session.capacity} tokens is full; /reset starts a new conversation"
         err.print(Text(full, style="yellow"), soft_wrap=True)
 

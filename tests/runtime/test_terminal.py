@@ -162,7 +162,7 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
 
 
 def test_a_full_context_is_said_and_survived(endless_model: Path) -> None:
-    terminal = Terminal("chat", endless_model, "--context", "60")
+    terminal = Terminal("chat", endless_model, "--context", "60", "--no-context-shift")
     try:
         terminal.expect(PROMPT)
         terminal.send("Hello\n")
@@ -176,6 +176,19 @@ def test_a_full_context_is_said_and_survived(endless_model: Path) -> None:
         terminal.expect(PROMPT)
         terminal.send("again\n")
         terminal.expect("prefill 17 tokens \\(7 cached\\)")  # all templates begin alike
+    finally:
+        terminal.close()
+
+
+def test_the_oldest_turns_make_room(endless_model: Path) -> None:
+    terminal = Terminal("chat", endless_model, "--context", "80", "--max-tokens", "20")
+    try:
+        for _ in range(2):
+            terminal.expect(PROMPT)
+            terminal.send("Hello\n")
+            terminal.expect("ended by --max-tokens")
+        terminal.expect("the context is full: the oldest turn was forgotten")
+        terminal.expect(PROMPT)
     finally:
         terminal.close()
 
