@@ -16,6 +16,11 @@ if(SKBUILD)
   return()
 endif()
 
+# Who links the static library by a C compiler must name the C++ runtime.
+set(cxx_libraries ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
+list(FILTER cxx_libraries INCLUDE REGEX "^(stdc\\+\\+|c\\+\\+|m)$")
+list(REMOVE_DUPLICATES cxx_libraries)
+
 include(CMakePackageConfigHelpers)
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fbiedge_ops)
 configure_package_config_file(cmake/fbiedge_ops-config.cmake.in fbiedge_ops-config.cmake
@@ -25,12 +30,8 @@ install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fbiedge_ops-config.cmake
   ${CMAKE_CURRENT_BINARY_DIR}/fbiedge_ops-config-version.cmake DESTINATION ${package_dir})
 install(EXPORT fbiedge_ops-targets NAMESPACE fbiedge_ops:: DESTINATION ${package_dir})
 
-# A C compiler that links the static library must be told of the C++ one's runtime.
-set(private_libraries ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
-list(FILTER private_libraries INCLUDE REGEX "^(stdc\\+\\+|c\\+\\+|m)$")
-list(REMOVE_DUPLICATES private_libraries)
-list(TRANSFORM private_libraries PREPEND -l)
-list(JOIN private_libraries " " private_libraries)
+list(TRANSFORM cxx_libraries PREPEND -l)
+list(JOIN cxx_libraries " " private_libraries)
 file(RELATIVE_PATH prefix_of_pc /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 configure_file(cmake/fbiedge_ops.pc.in fbiedge_ops.pc @ONLY)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fbiedge_ops.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from support.bundled import MODEL, PROMPT
-from support.native import SOURCE, build, call
+from support.native import SOURCE, build, call, onnxruntime_library
 from support.tiny_model import tiny_model
 
 from fbiedge import ops_library
@@ -22,8 +21,7 @@ TOKENS = 48
 
 def build_example(folder: Path, installed: Path, *options: str) -> Path:
     """The program, built against the ONNX Runtime of the Python package."""
-    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.*[0-9]*")
-    options = (f"-DCMAKE_PREFIX_PATH={installed}", f"-DONNXRUNTIME_LIBRARY={library}", *options)
+    options = (f"-DCMAKE_PREFIX_PATH={installed}", f"-DONNXRUNTIME_LIBRARY={onnxruntime_library()}", *options)
     return build(folder, *options, source=SOURCE / "examples") / "generate"
 
 

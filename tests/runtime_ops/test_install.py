@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.native import SOURCE, call, install, tool
+from support.bundled import MODEL
+from support.native import SOURCE, build, call, install, onnxruntime_library, tool
 
 from fbiedge import ops_library
 
@@ -123,56 +124,84 @@ def test_a_c_program_by_pkg_config(installed: Path, tmp_path: Path) -> None:
     assert "libfbiedge_ops" not in call("readelf", "-d", static)
 
 
-def test_an_older_or_newer_version_is_not_found(installed: Path, tmp_path: Path) -> None:
-    for wanted, found in (("0.1", True), ("0.1.0", True), ("0.2", False), ("0.0", False), ("1.0", False)):
-        folder = tmp_path / wanted
-        folder.mkdir()
-        (folder / "CMakeLists.txt").write_text(
-            f"cmake_minimum_required(VERSION 3.18)\nproject(app CXX)\nfind_package(fbiedge_ops {wanted} QUIET)\n"
-            'message(STATUS "found: ${fbiedge_ops_FOUND}")\n'
-        )
-        output = call(tool("cmake"), "-S", folder, "-B", folder / "build", f"-DCMAKE_PREFIX_PATH={installed}")
-        assert ("found: 1\n" in output) == found, wanted
+# Two programs, with either library.
+PROJECT = """
+cmake_minimum_required(VERSION 3.18)
+project(app {language})
+{library}
+foreach(name fbiedge_ops static)
+  add_executable(with_${{name}} {source})
+  target_link_libraries(with_${{name}} PRIVATE fbiedge_ops::${{name}})
+endforeach()
+"""
+
+
+def test_a_c_project_by_find_package(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.c").write_text(PROGRAM)
+    found = PROJECT.format(language="C", library="find_package(fbiedge_ops REQUIRED)", source="program.c")
+    (tmp_path / "CMakeLists.txt").write_text(found)
+    folder = build(tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}", source=tmp_path)
+    assert call(folder / "with_fbiedge_ops") == call(folder / "with_static") == OUTPUT
+
+
+def test_a_project_that_adds_the_folder(tmp_path: Path) -> None:
+    """Nothing of ours is then installed with it."""
+    (tmp_path / "program.cc").write_text(PROGRAM)
+    added = PROJECT.format(language="CXX", library=f"add_subdirectory({SOURCE} ops)", source="program.cc")
+    (tmp_path / "CMakeLists.txt").write_text(added)
+    folder = build(tmp_path / "build", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0", source=tmp_path)
+    assert call(folder / "with_fbiedge_ops") == call(folder / "with_static") == OUTPUT
+    call(tool("cmake"), "--install", folder, "--prefix", tmp_path / "prefix")
+    assert not (tmp_path / "prefix").exists()
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("0.1", 1), (VERSION, 1), ("0.2", 0), ("0.0", 0), ("1.0", 0)])
+def test_only_a_compatible_version_is_found(installed: Path, tmp_path: Path, wanted: str, found: int) -> None:
+    """Until 1.0 a minor version may change the interface."""
+    script = f'find_package(fbiedge_ops {wanted} QUIET)\nmessage("found: ${{fbiedge_ops_FOUND}}")\n'
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.18)\nproject(app CXX)\n{script}")
+    output = call(tool("cmake"), "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    assert f"found: {found}\n" in output
 
 
 def test_two_libraries_with_entry_points_of_different_names_in_one_program(installed: Path, tmp_path: Path) -> None:
-    """As on iOS, where every op library is linked statically. The second is ours too, built under another name."""
+    """As on iOS, where every op library is linked statically and found by name. Here both are ours, built twice."""
     options = ("-DFBIEDGE_REGISTER_FUNCTION=RegisterFbiedgeOps", "-DFBIEDGE_BUILD_SHARED=OFF")
     second = install(installed.parent / "build", tmp_path / "second", *options)
     assert [path.name for path in (second / "lib").glob("lib*")] == ["libfbiedge_ops.a"]
-    source = tmp_path / "two.cc"
-    source.write_text(TWO)
-    program = tmp_path / "two"
-    abi = SOURCE / "src/ort/abi"
+    source, program = tmp_path / "names.c", tmp_path / "names"
+    source.write_text(NAMES)
+    abi, onnxruntime = SOURCE / "src/ort/abi", tmp_path / "libonnxruntime.so.1"  # the name that the program looks for
+    onnxruntime.symlink_to(onnxruntime_library())
     libraries = [prefix / "lib/libfbiedge_ops.a" for prefix in (second, installed)]
-    call(tool("g++"), "-std=c++17", "-Wall", "-Werror", f"-I{abi}", f"-I{second}/include", source, "-o", program,
-         *libraries, "-pthread")  # fmt: skip
-    assert call(program) == "RegisterFbiedgeOps 5, RegisterCustomOps 5\n"
+    pull = ["-Wl,-u,RegisterFbiedgeOps", "-Wl,-u,RegisterCustomOps"]  # nothing else in the program refers to them
+    call(tool("gcc"), *C99, f"-I{abi}", source, "-o", program, "-rdynamic", *pull, *libraries, onnxruntime,
+         f"-Wl,-rpath,{tmp_path}", "-lstdc++", "-lm", "-pthread")  # fmt: skip
+    assert call(program, MODEL, "RegisterFbiedgeOps", "RegisterCustomOps") == "RegisterFbiedgeOps\nRegisterCustomOps\n"
 
 
-# Counts the operators that each entry point adds, with the few functions of ONNX Runtime that this takes.
-TWO = r"""
+# Opens a model once with each registration function, by name.
+NAMES = r"""
 #include <onnxruntime_c_api.h>
-#include <cstdio>
-#define FBIEDGE_REGISTER_FUNCTION RegisterFbiedgeOps
-#include <fbiedge_register.h>
-extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*);
+#include <stdio.h>
 
-static OrtApi api;
-static int ops = 0;
-
-static int added(OrtStatus* (*entry)(OrtSessionOptions*, const OrtApiBase*)) {
-    const OrtApiBase base = {[](uint32_t) -> const OrtApi* { return &api; }, []() { return "1.31.1"; }};
-    ops = 0;
-    return entry(nullptr, &base) ? -1 : ops;
-}
-
-int main() {
-    api.HasSessionConfigEntry = [](const OrtSessionOptions*, const char*, int* out) -> OrtStatus* { return *out = 0, nullptr; };
-    api.CreateCustomOpDomain = [](const char*, OrtCustomOpDomain**) -> OrtStatus* { return nullptr; };
-    api.CustomOpDomain_Add = [](OrtCustomOpDomain*, const OrtCustomOp*) -> OrtStatus* { return ++ops, nullptr; };
-    api.AddCustomOpDomain = [](OrtSessionOptions*, OrtCustomOpDomain*) -> OrtStatus* { return nullptr; };
-    std::printf("RegisterFbiedgeOps %d, RegisterCustomOps %d\n", added(RegisterFbiedgeOps), added(RegisterCustomOps));
+int main(int count, char** arguments) {
+    const OrtApi* ort = OrtGetApiBase()->GetApi(18);
+    OrtEnv* env = NULL;
+    int i;
+    if (ort->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "names", &env)) return 1;
+    for (i = 2; i < count; ++i) {
+        OrtSessionOptions* options = NULL;
+        OrtSession* session = NULL;
+        OrtStatus* status = ort->CreateSessionOptions(&options);
+        if (!status) status = ort->RegisterCustomOpsUsingFunction(options, arguments[i]);
+        if (!status) status = ort->CreateSession(env, arguments[1], options, &session);
+        puts(status ? ort->GetErrorMessage(status) : arguments[i]);
+        ort->ReleaseSession(session);
+        ort->ReleaseSessionOptions(options);
+    }
+    ort->ReleaseEnv(env);
+    return 0;
 }
 """
 

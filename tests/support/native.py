@@ -35,6 +35,14 @@ def build(folder: Path, *options: str, target: str = "all", source: Path = SOURC
     return folder
 
 
+def onnxruntime_library() -> Path:
+    """ONNX Runtime's shared library in its Python package."""
+    import onnxruntime
+
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.*[0-9]*")
+    return library
+
+
 def install(folder: Path, prefix: Path, *options: str) -> Path:
     """`prefix`, with the op library installed there from a build in `folder`."""
     build(folder, "-DFBIEDGE_BUILD_TESTS=OFF", "-DFBIEDGE_BUILD_BENCH=OFF", *options)
