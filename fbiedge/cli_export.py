@@ -23,7 +23,7 @@ def export(
             help="checkpoint folder (FBI-LLM's or Hugging Face's form), a model.onnx of ours, or a model.gguf"
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write; with --genai, folder")],
     to: Annotated[
         str | None, typer.Option(help="format: onnx or gguf; default: by the output's name, else onnx")
     ] = None,
@@ -45,6 +45,7 @@ def export(
     kv_cache: Annotated[
         str | None, typer.Option(help="onnx: keys and values, int8 or fp32; default: int8 where the heads allow it")
     ] = None,
+    genai: Annotated[bool, typer.Option("--genai", help="onnx: a folder that onnxruntime-genai runs as it is")] = False,
     ops: Annotated[
         str | None,
         typer.Option(help="onnx: operators, fbiedge (default) or stock, for runtimes that can't load a library"),
@@ -79,8 +80,9 @@ def export(
     """Export a model to ONNX or GGUF, check it against the reference, and print what was lost."""
     from . import tables, terminal
 
-    kind = _format(source, output, to)
-    onnx_only = {"accuracy-level": accuracy_level, "kv-cache": kv_cache, "ops": ops, "stock-bits": stock_bits}
+    kind = "onnx" if genai and to in (None, "onnx") else _format(source, output, to)
+    onnx_only = {"accuracy-level": accuracy_level, "kv-cache": kv_cache, "ops": ops, "stock-bits": stock_bits,
+                 "genai": genai or None}  # fmt: skip
     gguf_only = {
         "allow-lossy": allow_lossy or None, "calibration-text": calibration_text, "name": name, "license": license_,
         "base-model": base_model,
@@ -108,7 +110,7 @@ def export(
                 "stock_bits": stock_bits,
             }
             settings: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
-            report = _to_onnx(weights, output, texts, progress=progress, **settings, **forms)
+            report = _to_onnx(weights, output, texts, genai=genai, progress=progress, **settings, **forms)
         else:
             about = {"name": name or output.stem, "license": license_, "base_model": base_model}
             provenance = _provenance(source, {field: value for field, value in about.items() if value is not None})
@@ -181,11 +183,12 @@ def _require_tokenizer(weights: Any, source: Path, kind: str) -> None:
     )
 
 
-def _to_onnx(weights: Any, output: Path, texts: _Texts, **settings: Any) -> Any:
+def _to_onnx(weights: Any, output: Path, texts: _Texts, *, genai: bool, **settings: Any) -> Any:
     with extra("export"):
         exporter: Any = importlib.import_module("fbiedge.exporters.onnx")
     ids = exporter.default_text_ids(weights, texts.measured)
-    return exporter.export_onnx(weights, output, verify_on=ids, **settings)
+    export = exporter.export_genai if genai else exporter.export_onnx
+    return export(weights, output, verify_on=ids, **settings)
 
 
 def _provenance(source: Path, stated: dict[str, str]) -> Any:

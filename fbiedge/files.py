@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -186,6 +186,15 @@ def _output_error(target: Path, real: Path, temporary: Path, error: OSError) -> 
         if path not in (real, *real.parents) and temporary.name not in path.parts:
             return error
     return OutputError(f"can't write {target}: {error.strerror or error}; nothing was left there")
+
+
+def require_only(folder: Path, is_known: Callable[[Path], bool], what: str) -> None:
+    """A `folder` that is to be replaced as a whole must hold nothing else than `what`. Raises OutputError."""
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        if not is_known(entry):
+            raise OutputError(f"{folder} holds {entry.name}, which is no part of {what}; choose a new folder")
 
 
 def require_room(target: Path, needed: int, example: str) -> None:

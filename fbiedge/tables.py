@@ -80,6 +80,8 @@ def print_export(report: Any) -> None:
     files = {report.model: report.model_bytes} | ({report.data: report.data_bytes} if report.data else {})
     for path, size in files.items():
         print_text(f"wrote {path} ({size:,} bytes)")
+    if report.others:
+        print_text(f"wrote beside it {', '.join(path.name for path in report.others)}")
     _print_table(_group_table(report.inventory))
     if report.zeros:
         print_text(f"{report.zeros:,} latent weights were exactly 0 and became +1")

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from .bits import SIGNS_OF_BYTE, pack_bits
 from .config import BLOCK_SIZE, ModelConfig, ScalingPattern
-from .errors import CheckpointError, OutputError
-from .files import atomic_directory, require_utf8
+from .errors import CheckpointError
+from .files import atomic_directory, require_only, require_utf8
 from .tensor_store import TensorStore, open_store, read_json
 
 SIDECARS = (
@@ -351,10 +351,10 @@ def _write_text(path: Path, text: str | bytes) -> None:
 
 def _refuse_foreign_files(out_dir: Path, files: Mapping[str, str | bytes]) -> None:
     """The folder will be replaced as a whole, so it must hold nothing but an earlier checkpoint."""
-    if not out_dir.is_dir():
-        return
     known = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", *SIDECARS, *files}
-    for entry in sorted(out_dir.iterdir()):
+
+    def is_known(entry: Path) -> bool:
         weights = entry.suffix in (".safetensors", ".bin") and entry.name.startswith(("model", "pytorch_model"))
-        if not (entry.is_file() and (entry.name in known or weights)):
-            raise OutputError(f"{out_dir} holds {entry.name}, which is no part of a checkpoint; choose a new folder")
+        return entry.is_file() and (entry.name in known or weights)
+
+    require_only(out_dir, is_known, "a checkpoint")

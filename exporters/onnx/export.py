@@ -45,6 +45,7 @@ class ExportReport:
     zeros: int  # latent weights that were exactly 0 and became +1
     loss: VerifyReport | None  # what the file computes differently, where it was checked
     seconds: float
+    others: Sequence[Path] = ()  # files that were written along with it
 
 
 def export_onnx(
