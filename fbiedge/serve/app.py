@@ -180,6 +180,7 @@ class EventStream(Response):
         """ASGI."""
         try:
             await unless_disconnected(receive, self._send(send))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._ticket.cancel()
 
@@ -188,7 +189,6 @@ class EventStream(Response):
         async with contextlib.aclosing(self._parts) as parts:  # type: ignore[type-var]
             async for part in parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class RequestLog:
@@ -234,7 +234,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        if leaving.done():
             raise ClientDisconnect
         return working.result()
     finally:

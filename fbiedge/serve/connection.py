@@ -8,11 +8,14 @@ while a request's header is awaited, one while the system holds bytes that the c
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _LINGER_SECONDS = 2.0  # for the rest of a body that was refused: to close at once would lose the answer on its way
+_SEND_BYTES = 1 << 16  # that the system holds for a client; by itself Linux takes up to 4 MB of one that doesn't read
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -27,6 +30,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come."""
         super().connection_made(transport)
+        with contextlib.suppress(OSError):  # it has gone already
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         transport.set_write_buffer_limits(high=0)  # so that pause_writing() says that there are bytes not taken
         if len(self.connections) > self.max_connections:
             transport.write(_FULL)
