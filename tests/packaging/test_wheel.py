@@ -32,7 +32,8 @@ def test_it_holds_every_part_and_nothing_else_at_top_level(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fbiedge", next(top for top in tops if top.endswith(".dist-info"))}
-    for needed in ("fbiedge/training/trainer.py", "fbiedge/exporters/onnx/graph.py", "fbiedge/models/default.onnx"):
+    parts = ("training/trainer.py", "exporters/onnx/graph.py", "models/default.onnx", "include/fbiedge_ops.h")
+    for needed in (f"fbiedge/{part}" for part in parts):
         assert needed in names
     assert [name for name in names if name.startswith("fbiedge/lib/") and "fbiedge_ops" in name]
     assert not [name for name in names if name.endswith((".pyc", ".cc", ".pt"))]
@@ -47,6 +48,7 @@ def test_it_chats_when_installed_alone(wheel: Path, tmp_path: Path) -> None:
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, *{site!r}]; import fbiedge, fbiedge.cli as cli; "
         f"assert fbiedge.__file__.startswith({str(tmp_path)!r}), fbiedge.__file__; "
         "code = cli.run(['generate', '-p', 'Once upon a time', '--max-tokens', '8', '--temperature', '0']); "
+        "code = code or cli.run(['library', '--include']); "
         "heavy = {'torch', 'onnx', 'transformers', 'safetensors'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FBIEDGE", "PYTHON"))}
@@ -60,4 +62,6 @@ def test_it_chats_when_installed_alone(wheel: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) >= 4, done.stdout
+    text, include = done.stdout.rstrip().rsplit("\n", 1)
+    assert len(text.split()) >= 4, text
+    assert Path(include) == tmp_path / "fbiedge" / "include"

@@ -12,7 +12,7 @@ import pytest
 from support.bundled import MODEL
 from support.native import SOURCE, build, call, install, onnxruntime_library, tool
 
-from fbiedge import ops_library
+from fbiedge import cli, ops_library
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names, links and nm's letters are those of Linux")
 HEADERS = ("fbiedge_ops.h", "fbiedge_register.h")
@@ -206,6 +206,13 @@ int main(int count, char** arguments) {
 """
 
 
-def test_the_python_package_holds_the_headers() -> None:
+def test_the_python_package_holds_the_headers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["library", "--include"]) == 0
+    assert capsys.readouterr().out == f"{ops_library.include_path()}\n"
     for name in HEADERS:
         assert (ops_library.include_path() / name).read_bytes() == (SOURCE / "include" / name).read_bytes()
+
+
+def test_library_answers_one_question(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["library", "--include", "--isa"]) == 2
+    assert "expected one of them" in capsys.readouterr().err
