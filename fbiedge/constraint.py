@@ -94,7 +94,10 @@ def compile_constraint(
         json_schema = {"type": "object"}
     if json_schema is not None:
         kind, source = "JSON schema", _schema_text(json_schema)
-        compiled = library.LLMatcher.grammar_from_json_schema(source, overrides=_JSON_LAYOUT)
+        try:
+            compiled = library.LLMatcher.grammar_from_json_schema(source, overrides=_JSON_LAYOUT)
+        except ValueError as error:
+            raise UsageError(f"the JSON schema can't be used: {_first_line(str(error))}") from error
     elif grammar is not None:
         kind = "grammar"
         compiled = library.LLMatcher.grammar_from_lark(_as_lark(grammar))

@@ -166,6 +166,7 @@ class Session(CachedSession):
 
     def _restore(self, count: int, rows: memoryview) -> None:
         self._kv_cache.restore(count, rows)
+        self._attention_mask[0, :count] = 1
 
     def _bind(self) -> None:
         config = self.config
