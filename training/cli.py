@@ -71,6 +71,10 @@ def train(
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up; 100, with --init 20.")] = None,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on every parameter.")] = 0.1,
     grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    one_hot_share: Annotated[
+        float,
+        typer.Option(help="Share of the next-token loss beside distillation: 0 as published, 1 ignores the teacher."),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Decides the start and the order of the data.")] = 11111,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = True,
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile both models.")] = False,
@@ -118,7 +122,7 @@ def train(
             learning_rate=usual.learning_rate if learning_rate is None else learning_rate,
             warmup_steps=usual.warmup_steps if warmup_steps is None else warmup_steps,
             batch_size=batch_size, sequence_length=sequence_length, weight_decay=weight_decay, grad_clip=grad_clip,
-            seed=seed, bf16=bf16, compile=compile_model, checkpoint_every=checkpoint_every, eval_every=eval_every,
+            one_hot_share=one_hot_share, seed=seed, bf16=bf16, compile=compile_model, checkpoint_every=checkpoint_every, eval_every=eval_every,
         )  # fmt: skip
         plan = RunPlan(
             model=model, training=training, teacher=None if teacher is None else str(teacher.resolve()),

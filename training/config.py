@@ -23,6 +23,8 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
+    one_hot_share: float = 0.0  # of the loss, beside distillation; without a teacher the loss is one-hot alone
+    loss_chunk: int = 1024  # positions whose logits are held at once
     seed: int = 11111
     bf16: bool = True  # autocast; latents, moments and losses stay fp32
     compile: bool = False  # torch.compile: a minute at the start, then faster steps
@@ -31,7 +33,15 @@ class TrainConfig:
     eval_sequences: int = 64  # held-out sequences per evaluation
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "checkpoint_every", "eval_every", "eval_sequences"):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "checkpoint_every",
+            "eval_every",
+            "eval_sequences",
+            "loss_chunk",
+        ):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive integer")
         for name in ("learning_rate", "grad_clip"):
@@ -40,7 +50,7 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("beta1", "beta2", "min_learning_rate_ratio"):
+        for name in ("beta1", "beta2", "min_learning_rate_ratio", "one_hot_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
 

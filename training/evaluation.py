@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from .data import open_shard, read_documents, write_shard
-from .loss import next_token_loss
+from .loss import head_losses
 from .model import Llama
 
 WINDOWS_AT_ONCE = 8
@@ -50,7 +50,8 @@ def held_out_loss(model: Llama, text: Path, tokenizer: Tokenizer, scratch: Path)
     for first in range(0, windows, WINDOWS_AT_ONCE):
         starts = [i * length for i in range(first, min(first + WINDOWS_AT_ONCE, windows))]
         rows = torch.stack([torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts])
-        total += next_token_loss(model(rows[:, :-1]), rows[:, 1:]).item() * len(starts)
+        losses = head_losses(model.features(rows[:, :-1]), model.lm_head.weight, rows[:, 1:], chunk=length)
+        total += losses.one_hot.item() * len(starts)
     share = windows * length / len(tokens)
     size = sum(len(document.encode()) for document in read_documents([text]))
     return HeldOutLoss(nats_per_token=total / windows, tokens=windows * length, bytes=round(size * share))

@@ -186,9 +186,14 @@ class Llama(nn.Module):
                 module.reset_scales()
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def features(self, ids: Tensor) -> Tensor:
+        """What the head sees, [B, T, hidden]."""
         tokens = ids.shape[1]
-        logits: Tensor = self.lm_head(self.model(ids, self.cos[:tokens], self.sin[:tokens]))
+        out: Tensor = self.model(ids, self.cos[:tokens], self.sin[:tokens])
+        return out
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.features(ids))
         return logits
 
 

@@ -16,7 +16,7 @@ from fbiedge.errors import DivergedError
 from .checkpoint import load_state, save_model, save_state
 from .config import TrainConfig
 from .data import Batches
-from .loss import distillation_loss, next_token_loss
+from .loss import Losses, head_losses
 from .model import Llama
 
 
@@ -26,6 +26,8 @@ class StepReport:
 
     step: int  # steps done, this one included
     loss: float
+    one_hot_loss: float
+    distillation_loss: float | None  # None without a teacher
     learning_rate: float
     grad_norm: float  # before clipping
     tokens: int  # seen since the run began
@@ -57,21 +59,23 @@ def train(
         fused=True,
     )
     # Shapes never change during a run, so each graph is compiled once; measured 1.5x on two cores.
-    student = torch.compile(model) if config.compile else model
-    guide = torch.compile(teacher) if config.compile and teacher is not None else teacher
+    features = torch.compile(model.features) if config.compile else model.features
+    guide = None if teacher is None else torch.compile(teacher.features) if config.compile else teacher.features
     first = load_state(run, model, optimizer) if resume else 0
     tokens_per_step = config.batch_size * config.sequence_length
     for step in range(first, config.steps):
         started = time.perf_counter()
         ids, targets = (torch.from_numpy(array) for array in batches.batch(step))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            logits = student(ids)
-            if guide is None:
-                loss = next_token_loss(logits, targets)
-            else:
+            guided = None
+            if teacher is not None and guide is not None:
                 with torch.no_grad():
-                    teacher_logits = guide(ids)
-                loss = distillation_loss(logits, teacher_logits)
+                    guided = guide(ids), teacher.lm_head.weight
+            losses = head_losses(
+                features(ids), model.lm_head.weight, targets, teacher=guided, one_hot_share=config.one_hot_share,
+                chunk=config.loss_chunk,
+            )  # fmt: skip
+        loss = losses.loss
         loss.backward()  # type: ignore[no-untyped-call]
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
@@ -86,7 +90,7 @@ def train(
         seconds = time.perf_counter() - started
         done = step + 1
         last = done == config.steps
-        eval_loss = evaluate(student, held_out, config) if last or done % config.eval_every == 0 else None
+        eval_loss = evaluate(features, model, held_out, config) if last or done % config.eval_every == 0 else None
         stopping = stop()
         if last or stopping or done % config.checkpoint_every == 0:
             save_state(run, model, optimizer, done)
@@ -94,6 +98,8 @@ def train(
         yield StepReport(
             step=done,
             loss=loss.item(),
+            one_hot_loss=losses.one_hot.item(),
+            distillation_loss=None if losses.distillation is None else losses.distillation.item(),
             learning_rate=config.learning_rate_at(step),
             grad_norm=grad_norm.item(),
             tokens=done * tokens_per_step,
@@ -105,11 +111,11 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: Callable[[Tensor], Tensor], held_out: Batches, config: TrainConfig) -> float:
+def evaluate(features: Callable[[Tensor], Tensor], model: Llama, held_out: Batches, config: TrainConfig) -> float:
     """Mean next-token loss in nats over `eval_sequences` windows of the held-out shard, always the same ones."""
-    losses: list[Tensor] = []
+    losses: list[Losses] = []
     for step in range(-(-config.eval_sequences // held_out.batch_size)):
         ids, targets = (torch.from_numpy(array) for array in held_out.batch(step))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            losses.append(next_token_loss(model(ids), targets))
-    return torch.stack(losses).mean().item()
+            losses.append(head_losses(features(ids), model.lm_head.weight, targets, chunk=config.loss_chunk))
+    return torch.stack([loss.one_hot for loss in losses]).mean().item()
