@@ -93,7 +93,8 @@ class Chat:
             ids = self._plain_prompt(text)
         else:
             talk, ids = self._fitting(self.template, text)
-            options = replace(options, keep_tokens=self._fixed_start(self.template, ids))
+            if options.context_shift:
+                options = replace(options, keep_tokens=self._fixed_start(self.template, ids))
         if len(ids) > self.session.capacity:
             raise UsageError(
                 f"the conversation of {len(ids)} tokens no longer fits the context of {self.session.capacity}; "

@@ -196,6 +196,8 @@ def generate(
     detokenizer = DetokenizeStream(tokenizer, prompt_ids)
     matcher = StopMatcher(options.stop)
     decoder = Decoder(engine, prompt_ids, options.lookup_tokens)
+    # With shifts, a model that never ends its text must end somewhere: where its answer alone fills the context.
+    most = options.max_tokens or (engine.capacity if options.context_shift else math.inf)
     generated: list[int] = []
     shifted = 0
     ended_by: int | None = None
@@ -225,14 +227,13 @@ def generate(
         if constraint is not None and constraint.finished:
             finish_reason = "end"
             break
-        if len(generated) == options.max_tokens:
-            finish_reason = "length"
+        if len(generated) == most:
+            finish_reason = "length" if options.max_tokens else "context"
             break
         if decoder.position < engine.capacity:
-            logits = decoder.step(token_id, most=(options.max_tokens or math.inf) - len(generated) - 1)
+            logits = decoder.step(token_id, most=most - len(generated) - 1)
             continue
-        # A model that never ends its text must end somewhere: here when nothing of the prompt is left.
-        if not options.context_shift or (options.max_tokens is None and len(generated) >= engine.capacity):
+        if not options.context_shift:
             finish_reason = "context"
             break
         ids = decoder.shifted(token_id, options.keep_tokens)

@@ -33,6 +33,7 @@ from .cached_session import CachedSession
 from .errors import UsageError
 from .files import atomic_file, real_target
 from .generate import Event, PromptProgress
+from .model_file import load_json
 
 _MAGIC = b"FBICACHE"
 _VERSION = 1
@@ -91,8 +92,10 @@ class PromptCache:
             if zlib.crc32(content[:-4], zlib.crc32(_MAGIC)) != struct.unpack_from("<I", content, len(content) - 4)[0]:
                 raise ValueError
             (size,) = struct.unpack_from("<I", content)
-            header = json.loads(bytes(content[4 : 4 + size]))
+            header = load_json(bytes(content[4 : 4 + size]).decode())
             tokens = header["tokens"]
+            if type(tokens) is not int or tokens < 0:
+                raise ValueError
             ids = tuple(np.frombuffer(content, "<i4", tokens, 4 + size).tolist())
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"the prompt cache {self.path} is damaged or cut short; delete it") from error
