@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fbiedge import ops_library
 from fbiedge.session import Session
 from fbiedge.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the libraries' names are those of Linux")
 TOKENS = 48
 
 

@@ -47,6 +47,13 @@ int main(void) {
 OUTPUT = f"{VERSION} ok -6\n"
 
 
+@pytest.fixture(scope="module")
+def renamed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another prefix, where the entry point has another name; only one file is compiled again."""
+    option = "-DFBIEDGE_REGISTER_FUNCTION=RegisterFbiedgeOps"
+    return install(installed.parent / "build", tmp_path_factory.mktemp("renamed"), option)
+
+
 def exported(library: Path) -> set[str]:
     """Names that a program can link to."""
     listing = call(tool("nm"), "-D", "--defined-only", library)
@@ -74,10 +81,11 @@ def test_the_files(installed: Path) -> None:
     assert f"[libfbiedge_ops.so.{abi}]" in call("readelf", "-d", installed / "lib/libfbiedge_ops.so")
 
 
-def test_the_shared_library_exports_what_is_documented(installed: Path) -> None:
+def test_the_shared_library_exports_what_is_documented(installed: Path, renamed: Path) -> None:
     names = documented("fbiedge_ops.h")
     assert len(names) == 8
     assert exported(installed / "lib/libfbiedge_ops.so") == names | {"RegisterCustomOps"}
+    assert exported(renamed / "lib/libfbiedge_ops.so") == names | {"RegisterFbiedgeOps"}
 
 
 def test_the_static_library_defines_only_names_of_its_own(installed: Path) -> None:
@@ -145,12 +153,14 @@ def test_a_c_project_by_find_package(installed: Path, tmp_path: Path) -> None:
 
 
 def test_a_project_that_adds_the_folder(tmp_path: Path) -> None:
-    """Nothing of ours is then installed with it."""
+    """It finds headers and libraries, and installs nothing of ours. The library isn't compiled once more for this."""
     (tmp_path / "program.cc").write_text(PROGRAM)
     added = PROJECT.format(language="CXX", library=f"add_subdirectory({SOURCE} ops)", source="program.cc")
     (tmp_path / "CMakeLists.txt").write_text(added)
-    folder = build(tmp_path / "build", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0", source=tmp_path)
-    assert call(folder / "with_fbiedge_ops") == call(folder / "with_static") == OUTPUT
+    folder = build(tmp_path / "build", source=tmp_path, target="CMakeFiles/with_static.dir/program.cc.o")
+    commands = call(tool("ninja"), "-C", folder, "-t", "commands", "with_static", "with_fbiedge_ops")
+    assert re.search(r"-o with_static +ops/libfbiedge_ops\.a ", commands)
+    assert re.search(r"-o with_fbiedge_ops .*ops/libfbiedge_ops\.so", commands)
     call(tool("cmake"), "--install", folder, "--prefix", tmp_path / "prefix")
     assert not (tmp_path / "prefix").exists()
 
@@ -164,16 +174,25 @@ def test_only_a_compatible_version_is_found(installed: Path, tmp_path: Path, wan
     assert f"found: {found}\n" in output
 
 
-def test_two_libraries_with_entry_points_of_different_names_in_one_program(installed: Path, tmp_path: Path) -> None:
+def test_where_only_the_static_library_was_built_it_is_the_one(renamed: Path, installed: Path, tmp_path: Path) -> None:
+    prefix = install(installed.parent / "build", tmp_path / "prefix", "-DFBIEDGE_BUILD_SHARED=OFF")
+    assert [path.name for path in (prefix / "lib").glob("lib*")] == ["libfbiedge_ops.a"]
+    (tmp_path / "program.c").write_text(PROGRAM)
+    found = PROJECT.format(language="C", library="find_package(fbiedge_ops REQUIRED)", source="program.c")
+    (tmp_path / "CMakeLists.txt").write_text(found)
+    folder = build(tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}", source=tmp_path)
+    assert call(folder / "with_fbiedge_ops") == OUTPUT
+
+
+def test_two_libraries_with_entry_points_of_different_names_in_one_program(
+    installed: Path, renamed: Path, tmp_path: Path
+) -> None:
     """As on iOS, where every op library is linked statically and found by name. Here both are ours, built twice."""
-    options = ("-DFBIEDGE_REGISTER_FUNCTION=RegisterFbiedgeOps", "-DFBIEDGE_BUILD_SHARED=OFF")
-    second = install(installed.parent / "build", tmp_path / "second", *options)
-    assert [path.name for path in (second / "lib").glob("lib*")] == ["libfbiedge_ops.a"]
     source, program = tmp_path / "names.c", tmp_path / "names"
     source.write_text(NAMES)
     abi, onnxruntime = SOURCE / "src/ort/abi", tmp_path / "libonnxruntime.so.1"  # the name that the program looks for
     onnxruntime.symlink_to(onnxruntime_library())
-    libraries = [prefix / "lib/libfbiedge_ops.a" for prefix in (second, installed)]
+    libraries = [prefix / "lib/libfbiedge_ops.a" for prefix in (renamed, installed)]
     pull = ["-Wl,-u,RegisterFbiedgeOps", "-Wl,-u,RegisterCustomOps"]  # nothing else in the program refers to them
     call(tool("gcc"), *C99, f"-I{abi}", source, "-o", program, "-rdynamic", *pull, *libraries, onnxruntime,
          f"-Wl,-rpath,{tmp_path}", "-lstdc++", "-lm", "-pthread")  # fmt: skip
