@@ -3,6 +3,7 @@ where it has them."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .generate import GenerationOptions
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
+
+_MOST_BYTES = 64_000_000  # of a prompt, schema or grammar: more is a mistake, and takes minutes to be found too long
 
 Model = Annotated[Path | None, typer.Argument(help="model.onnx or model.gguf; default: the bundled model")]
 Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
@@ -237,18 +240,25 @@ def _prompt_file(path: Path) -> str:
         from . import terminal
 
         return terminal.read_prompt()
-    return read_text(path).removesuffix("\n")
+    return _small_text(path).removesuffix("\n")
+
+
+def _small_text(path: Path) -> str:
+    with contextlib.suppress(OSError):  # which reading it will tell
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise UsageError(f"{path} is {size / 1e6:.0f} MB long, expected at most {_MOST_BYTES / 1e6:.0f} MB")
+    return read_text(path)
 
 
 def _either(option: str, text: str | None, path: Path | None) -> str | None:
     if text is not None and path is not None:
         raise UsageError(f"expected one of {option} and {option}-file")
-    return text if path is None else read_text(path)
+    return text if path is None else _small_text(path)
 
 
 def _bias(text: str) -> tuple[int, float]:
     """`15043+1` or `15043-0.5`."""
-    found = re.fullmatch(r"(\d{1,9})([+-].+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})([+-].+)", text)
     try:
         if found:
             return int(found[1]), float(found[2])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.errors import raises_line
 
 from fbiedge.errors import UsageError
 from fbiedge.generate import (
@@ -16,6 +17,7 @@ from fbiedge.generate import (
     GenerationOptions,
     GenerationStats,
     Piece,
+    PromptProgress,
     end_tokens,
     generate,
 )
@@ -179,6 +181,128 @@ def test_stop_matcher_against_its_definition(seed: int) -> None:
 def test_options_that_can_not_be(options: dict) -> None:
     with pytest.raises(UsageError):
         GenerationOptions(**options)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs": -1}, "logprobs is -1, expected a whole number from 0 to 20"),
+        ({"logprobs": 21}, "logprobs is 21"),
+        ({"logprobs": True}, "logprobs is True"),
+        ({"lookup_tokens": 128}, "lookup_tokens is 128, expected a whole number from 0 to 127"),
+        ({"lookup_tokens": 1.5}, "lookup_tokens is 1.5"),
+        ({"keep_tokens": -1}, "keep_tokens is -1, expected a whole number of at least 0"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias names token -1, expected a token id"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias names token '5'"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias names token True"),
+        ({"logit_bias": {5: NAN}}, "logit_bias of token 5 is nan, expected a number from -100 to 100"),
+        ({"logit_bias": {5: float("-inf")}}, "logit_bias of token 5 is -inf"),
+        ({"logit_bias": {5: 1e300}}, "logit_bias of token 5 is 1e+300"),
+        ({"logit_bias": {5: "1"}}, "logit_bias of token 5 is '1'"),
+        ({"logit_bias": {5: True}}, "logit_bias of token 5 is True"),
+    ],
+)
+def test_generation_features_that_can_not_be(options: dict, message: str) -> None:
+    with raises_line(UsageError, message):
+        GenerationOptions(**options)
+
+
+def test_a_biased_token_must_be_one_of_the_models() -> None:
+    with raises_line(UsageError, "logit_bias names token 259, expected an id from 0 to 258"):
+        run("abc", logit_bias={259: 1.0})
+
+
+def events_of(text: str, **options: object) -> list[Event]:
+    prompt = TOKENIZER.encode("prompt")
+    settings = GenerationOptions(sampling=GREEDY, **options)  # type: ignore[arg-type]
+    return list(generate(Script(text, prompt), TOKENIZER, prompt, settings, ends=frozenset({END})))
+
+
+def test_a_piece_for_every_token() -> None:
+    """Also in the middle of a character and of a stop string, where no text is certain yet."""
+    *pieces, stats = [
+        event for event in events_of("a😀<|en", stop=("<|end|>",)) if not isinstance(event, PromptProgress)
+    ]
+    assert isinstance(stats, GenerationStats)
+    assert [piece.text for piece in pieces if isinstance(piece, Piece)] == [
+        "a",
+        "",
+        "",
+        "",
+        "😀",
+        "",
+        "",
+        "",
+        "",
+        "<|en",
+    ]
+    ids = [piece.token_id for piece in pieces if isinstance(piece, Piece)]
+    assert ids == [*stats.generated_ids, None]
+
+
+def test_the_token_that_stops_has_a_piece_too() -> None:
+    pieces = [event for event in events_of("a stop", stop=("op",)) if isinstance(event, Piece)]
+    assert [piece.text for piece in pieces] == ["a", " ", "s", "t", "", ""]
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
+def test_progress_of_a_prompt(size: int) -> None:
+    prompt = [5] * size
+    engine = Script("abc", prompt)
+    found = []
+    for event in generate(engine, TOKENIZER, prompt, GenerationOptions(sampling=GREEDY), ends=frozenset({END})):
+        if isinstance(event, PromptProgress):
+            found.append((event.done, event.total, len(engine.runs)))
+    assert found == [(min(128 * n, size), size, n) for n in range(1, -(-size // 128) + 1)]
+
+
+def test_one_next_is_at_most_one_run_of_128_tokens(plain_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drives several generations in turn is fair to them."""
+    session = Session.open(plain_model, context=60)
+    runs: list[int] = []
+    original = session._run
+    monkeypatch.setattr(session, "_run", lambda ids, keep: runs.append(len(ids)) or original(ids, keep))
+    tokenizer = Tokenizer.from_model(session.model)
+    options = GenerationOptions(sampling=GREEDY, lookup_tokens=127, context_shift=True, max_tokens=150)
+    before = 0
+    for _ in generate(session, tokenizer, tokenizer.encode("abc abc " * 5), options, ends=frozenset()):
+        assert len(runs) <= before + 1
+        before = len(runs)
+    assert before > 10 and max(runs) <= 128
+
+
+def test_logprobs_are_the_models_own(plain_model: Path) -> None:
+    """Of the raw logits, as OpenAI's: bias, penalty and temperature change what is picked and not what is said of it."""
+    session = Session.open(plain_model)
+    tokenizer = Tokenizer.from_model(session.model)
+    prompt = tokenizer.encode("Once")
+    options = GenerationOptions(
+        max_tokens=8, logprobs=3, logit_bias={70: 20.0},
+        sampling=SamplingOptions(seed=1, temperature=0.7, repetition_penalty=1.3),
+    )  # fmt: skip
+    pieces = [event for event in generate(session, tokenizer, prompt, options, ends=frozenset())
+              if isinstance(event, Piece) and event.token_id is not None]  # fmt: skip
+    session.truncate(0)
+    ids = [piece.token_id for piece in pieces if piece.token_id is not None]
+    logits = session.all_logits([*prompt, *ids]).astype(np.float64)[len(prompt) - 1 : -1]
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert 70 in ids
+    for piece, row in zip(pieces, expected, strict=True):
+        assert piece.logprob == pytest.approx(row[piece.token_id], abs=1e-5)
+        best = np.argsort(-row, kind="stable")[:3]
+        assert [token for token, _ in piece.top_logprobs] == best.tolist()
+        assert [value for _, value in piece.top_logprobs] == pytest.approx(row[best], abs=1e-5)
+
+
+@pytest.mark.parametrize(("logprobs", "has"), [(None, False), (0, True), (20, True)])
+def test_how_many_logprobs(logprobs: int | None, has: bool) -> None:
+    for event in events_of("abc", logprobs=logprobs):
+        if isinstance(event, Piece):
+            assert (event.logprob is not None) is has
+            assert len(event.top_logprobs) == (logprobs or 0)
 
 
 def test_rates() -> None:

@@ -210,3 +210,60 @@ def test_generation_config_recommends_and_the_user_decides() -> None:
     )
     assert SamplingOptions.from_generation_config({"do_sample": False}).temperature == 0
     assert SamplingOptions.from_generation_config({"do_sample": False}, temperature=1.0).temperature == 1.0
+
+
+def test_a_bias_is_added_first() -> None:
+    logits = np.array([1.0, 2.0, 3.0], np.float32)
+    greedy = SamplingOptions(temperature=0)
+    assert Sampler(greedy, logit_bias={0: 5.0}).sample(logits) == 0
+    assert Sampler(greedy, logit_bias={2: -100.0}).sample(logits) == 1
+    assert (logits == [1, 2, 3]).all(), "they are the caller's"
+    # 2.0 + 5.0 is divided by the penalty, and not the 2.0 alone.
+    assert Sampler(SamplingOptions(temperature=0, repetition_penalty=3.0), logit_bias={1: 5.0}).sample(logits, [1]) == 2
+
+
+class Allowing:
+    """A constraint that allows the same tokens at every step."""
+
+    def __init__(self, size: int, *tokens: int) -> None:
+        self.mask = np.zeros(size, bool)
+        self.mask[list(tokens)] = True
+        self.accepted: list[int] = []
+
+    def allowed(self) -> np.ndarray:
+        return self.mask
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(temperature=0),
+        SamplingOptions(seed=0),
+        SamplingOptions(seed=0, temperature=5.0, top_k=0, top_p=1.0, min_p=0.0),
+        SamplingOptions(seed=0, temperature=5.0, top_k=100, top_p=1.0, min_p=0.0),
+        SamplingOptions(seed=0, temperature=1.0, top_k=0, top_p=0.99, min_p=0.0, repetition_penalty=2.0),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_only_what_is_allowed_is_drawn(options: SamplingOptions) -> None:
+    generator = np.random.default_rng(0)
+    allowing = Allowing(500, 3, 77, 400)
+    sampler = Sampler(options, constraint=allowing)  # type: ignore[arg-type]
+    drawn = [sampler.sample(generator.normal(0, 5, 500).astype(np.float32), [3, 5]) for _ in range(300)]
+    assert set(drawn) == {3, 77, 400}
+    assert allowing.accepted == drawn
+
+
+def test_a_draw_at_the_very_end_is_a_token_with_weight() -> None:
+    """Of tokens without any weight, which a constraint leaves behind, none is drawn even where rounding points at them."""
+    sampler = Sampler(SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0))
+
+    class Last:
+        def random(self) -> float:
+            return 1.0
+
+    sampler._random = Last()  # type: ignore[assignment]
+    assert sampler.sample(np.array([0.0, 1.0, -np.inf, -np.inf], np.float32)) == 1
