@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from support.errors import raises_line
+from support.native import documented_names, exported_names
 
 from fbiedge import ops_library
 from fbiedge.errors import OpLibraryError
 
-HEADER = Path(__file__).resolve().parents[2] / "runtime_ops/include/fbiedge_ops.h"
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nm -D reads ELF")
 def test_exactly_the_documented_symbols_are_exported() -> None:
-    nm = shutil.which("nm")
-    assert nm is not None, "nm is missing; it comes with the C++ compiler (binutils)"
-    listing = subprocess.run(
-        [nm, "-D", "--defined-only", ops_library.library_path()], capture_output=True, text=True, check=True
-    )
-    exported = {line.split()[-1] for line in listing.stdout.splitlines()}
-    documented = set(re.findall(r"FBIEDGE_EXPORT\s[^;]*?(fbiedge_\w+)\(", HEADER.read_text()))
-    assert len(documented) == 8
-    assert exported == documented | {"RegisterCustomOps"}
+    assert len(documented_names()) == 8
+    assert exported_names(ops_library.library_path()) == documented_names() | {"RegisterCustomOps"}
 
 
 def test_version_is_that_of_the_package() -> None:

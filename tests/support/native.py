@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,3 +49,15 @@ def install(folder: Path, prefix: Path, *options: str) -> Path:
     build(folder, "-DFBIEDGE_BUILD_TESTS=OFF", "-DFBIEDGE_BUILD_BENCH=OFF", *options)
     call(tool("cmake"), "--install", folder, "--prefix", prefix)
     return prefix
+
+
+def exported_names(library: Path) -> set[str]:
+    """What a program can link to of a shared library of Linux."""
+    listing = call(tool("nm"), "-D", "--defined-only", library)
+    return {line.split()[-1] for line in listing.splitlines()}
+
+
+def documented_names() -> set[str]:
+    """The functions of the C API."""
+    header = (SOURCE / "include/fbiedge_ops.h").read_text()
+    return set(re.findall(r"FBIEDGE_EXPORT\s[^;]*?(fbiedge_\w+)\(", header))
