@@ -3,6 +3,7 @@
 
 if(SKBUILD)
   set(CMAKE_INSTALL_LIBDIR lib)
+  set(CMAKE_INSTALL_BINDIR lib)  # of a .dll
   set(CMAKE_INSTALL_INCLUDEDIR include)
 endif()
 include(GNUInstallDirs)
@@ -10,7 +11,7 @@ include(GNUInstallDirs)
 install(TARGETS ${libraries} EXPORT fbiedge_ops-targets
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
-  RUNTIME DESTINATION $<IF:$<BOOL:${SKBUILD}>,lib,${CMAKE_INSTALL_BINDIR}>)
+  RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(FILES include/fbiedge_ops.h include/fbiedge_register.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 if(SKBUILD)
   return()

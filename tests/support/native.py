@@ -46,7 +46,8 @@ def onnxruntime_library() -> Path:
 
 def install(folder: Path, prefix: Path, *options: str) -> Path:
     """`prefix`, with the op library installed there from a build in `folder`."""
-    build(folder, "-DFBIEDGE_BUILD_TESTS=OFF", "-DFBIEDGE_BUILD_BENCH=OFF", *options)
+    alone = ("-DFBIEDGE_BUILD_TESTS=OFF", "-DFBIEDGE_BUILD_BENCH=OFF")
+    build(folder, *alone, "-DCMAKE_INSTALL_LIBDIR=lib", *options)  # which some systems call lib64
     call(tool("cmake"), "--install", folder, "--prefix", prefix)
     return prefix
 
