@@ -36,7 +36,12 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = special_tokens or {}
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+            # Or constants such as 9 ** 9 ** 9 are computed here already, where nothing bounds it.
+            optimized=False,
+            finalize=_unchanged,
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -87,6 +92,12 @@ class _Generation(Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@jinja2.pass_context
+def _unchanged(_context: Any, value: Any) -> Any:
+    """What depends on a context is no constant."""
+    return value
 
 
 def _raise_exception(message: str) -> NoReturn:
