@@ -154,9 +154,8 @@ class ReferenceLogits:
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError, ModelFileError for an unusable tokenizer."""
-        from .model_file import load_json
         from .reference import RESIDENT_LIMIT_BYTES, Reference
-        from .weights import expected_shapes, open_checkpoint
+        from .weights import expected_shapes, json_sidecar, open_checkpoint
 
         weights = open_checkpoint(path)
         self.path = path
@@ -169,8 +168,7 @@ class ReferenceLogits:
         self.tokenizer = None
         if "tokenizer.json" in weights.files:
             special, config = (
-                load_json(weights.files.get(name, "{}"))
-                for name in ("special_tokens_map.json", "tokenizer_config.json")
+                json_sidecar(weights.files, name) for name in ("special_tokens_map.json", "tokenizer_config.json")
             )
             self.tokenizer = Tokenizer(weights.files["tokenizer.json"], special | config)
 

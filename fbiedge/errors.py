@@ -14,6 +14,11 @@ A message is one line: what was got, what was expected, what to do.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """With escapes for what would end a line or talk to a terminal: names in files come from strangers."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class FbiEdgeError(Exception):
     """Base of all errors caused by input; its text is one line meant for a user."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import BLOCK_SIZE, ModelConfig
 from .engines import is_checkpoint, is_gguf
-from .errors import ModelFileError
+from .errors import ModelFileError, printable
 from .model_file import ModelFile
 
 if TYPE_CHECKING:
@@ -73,12 +73,7 @@ def inspect(path: Path) -> Inspection:
         found = _inspect_gguf(path)
     else:
         found = _inspect_onnx(ModelFile.open(path))
-    return replace(found, properties={name: _printable(text) for name, text in found.properties.items()})
-
-
-def _printable(text: str) -> str:
-    """With escapes for what would end a line or talk to a terminal: files come from strangers."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return replace(found, properties={name: printable(text) for name, text in found.properties.items()})
 
 
 def _inspect_onnx(model: ModelFile) -> Inspection:

@@ -76,6 +76,11 @@ class Reference:
             raise UsageError(
                 f"{self.position + tokens.size} tokens are longer than the context of {config.max_position_embeddings}"
             )
+        with np.errstate(all="ignore"):  # weights may be anything; what overflows is in the logits for all to see
+            return self._logits(tokens)
+
+    def _logits(self, tokens: npt.NDArray[np.int64]) -> Array:
+        config = self.config
         cos, sin = rope_angles(self.position, tokens.size, config, self.dtype)
         hidden = self._embed(tokens)  # [T, hidden]
         for layer in range(config.num_hidden_layers):

@@ -179,10 +179,10 @@ class Session(CachedSession):
         self._kv_cache = KVCache(config, precision_of(names), self.capacity)
         # Our attention takes a mask that is longer than the tokens, so that it needn't be bound again for each.
         self._mask_step = _MASK_STEP if self.isa and self._kv_cache.precision == "int8" else 1
-        for name in self._kv_cache.buffers:
-            past, present = f"past_key_values.{name}", f"present.{name}"
-            if past not in names or present not in names:
-                raise ModelFileError(f"{self.model.path} has no {past} or {present}; export it again")
+        cached = [f"{side}.{name}" for name in self._kv_cache.buffers for side in ("past_key_values", "present")]
+        for name in ("input_ids", "attention_mask", "logits", *cached):
+            if name not in names:
+                raise ModelFileError(f"{self.model.path} has no {name}; export it again")
         self._kv_cache.bind(self._binding)
         if "logits_to_keep" not in {entry.name for entry in self._onnx.get_overridable_initializers()}:
             raise ModelFileError(f"{self.model.path} has no logits_to_keep; export it again")

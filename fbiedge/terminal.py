@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from . import __version__
-from .errors import FbiEdgeError, UsageError
+from .errors import FbiEdgeError, UsageError, printable
 from .generate import Event, GenerationStats, Piece
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ err = Console(stderr=True, highlight=False)
 
 # A model must not move the cursor or retitle the window: control characters other than tab and newline are dropped.
 _CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
+
+_LONGEST_LINE = 800
 
 _HELP = "/reset: new conversation · /exit or Ctrl-D: leave · Ctrl-C: stop an answer"
 
@@ -51,12 +53,18 @@ def prepare_streams() -> None:
 
 def print_error(message: str) -> None:
     """One line on stderr, never wrapped."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
 
 
 def print_warning(message: str) -> None:
     """One line on stderr, never wrapped."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _one_line(message: str) -> str:
+    """Without what could end the line or talk to the terminal, and of a length that can be read: it may quote a file."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 200]} … {line[-200:]}"
 
 
 def print_text(text: str) -> None:

@@ -26,6 +26,7 @@ from .bits import SIGNS_OF_BYTE, pack_bits
 from .config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from .errors import CheckpointError
 from .files import atomic_directory, require_only, require_utf8
+from .model_file import load_json
 from .tensor_store import TensorStore, open_store, read_json
 
 SIDECARS = (
@@ -263,6 +264,19 @@ def _read_sidecars(path: Path) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"can't read {path / name}: {error}") from error
     return texts
+
+
+def json_sidecar(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    """The JSON object in one of the files beside the weights; empty where it isn't there. Raises CheckpointError."""
+    if name not in files:
+        return {}
+    try:
+        value = load_json(files[name])
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not JSON ({error}); mend or remove it") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds a JSON {type(value).__name__}, expected an object; mend or remove it")
+    return value
 
 
 def write_checkpoint(

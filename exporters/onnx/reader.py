@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx  # noqa: TID253
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import ModelProto, TensorProto, helper  # noqa: TID253
+from onnx import AttributeProto, ModelProto, TensorProto  # noqa: TID253
 
 from fbiedge.bits import untile_bits
 from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
@@ -24,7 +24,7 @@ from .fallback import DOMAIN, OP_TYPE
 from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
 from .head import GROUP as HEAD_GROUP
-from .head import QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
+from .head import SCALE_BYTES, QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
 from .metadata import read_metadata
 from .sources import untile_scales
 from .stock import CODES, code_bits, packed_signs
@@ -168,7 +168,9 @@ class OnnxWeights:
         group_bytes = self.tensors["lm_head.tiles"].dims[-1]
         bits = 4 if group_bytes == tile_group_bytes(4) else 8
         shape = (-(-vocab // 16), -(-hidden // HEAD_GROUP), tile_group_bytes(bits))
-        return bits, self._read("lm_head.tiles", shape)
+        tiles = self._read("lm_head.tiles", shape)
+        self._require_finite("lm_head.tiles", np.ascontiguousarray(tiles[..., :SCALE_BYTES]).view("<f2"))
+        return bits, tiles
 
     def _stock_head(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
         """Codes, scales and bits."""
@@ -192,13 +194,20 @@ class OnnxWeights:
             raise self._wrong(name, dims, shape)
         dtype = _DTYPES[tensor.data_type]
         if tensor.data_location != TensorProto.EXTERNAL:
-            return np.frombuffer(tensor.raw_data, dtype).reshape(dims)
-        location, offset, _ = _external(self.path, tensor)
-        try:
-            array = np.fromfile(location, dtype, count=prod(dims), offset=offset)
-        except OSError as error:
-            raise ModelFileError(f"can't read {location}: {error.strerror or error}") from error
+            array = np.frombuffer(tensor.raw_data, dtype)
+        else:
+            location, offset, _ = _external(self.path, tensor)
+            try:
+                array = np.fromfile(location, dtype, count=prod(dims), offset=offset)
+            except OSError as error:
+                raise ModelFileError(f"can't read {location}: {error.strerror or error}") from error
+        self._require_finite(name, array)
         return array.reshape(dims)
+
+    def _require_finite(self, name: str, numbers: npt.NDArray[Any]) -> None:
+        # min and max carry every NaN and Inf without a boolean copy of the tensor.
+        if numbers.dtype.kind == "f" and not (np.isfinite(numbers.min()) and np.isfinite(numbers.max())):
+            raise ModelFileError(f"{self.path}: the tensor {name} holds NaN or Inf; it is damaged, export it again")
 
     def _wrong(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> ModelFileError:
         return ModelFileError(f"{self.path}: {name} has shape {got}, expected {expected} by its config")
@@ -209,8 +218,7 @@ def _check_nodes(path: Path, model: ModelProto, config: ModelConfig) -> None:
     for node in model.graph.node:
         if node.domain != DOMAIN or node.op_type not in _LINEARS_OF:
             continue
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        attributes["scale_form"] = attributes.get("scale_form", b"").decode()
+        attributes = {attribute.name: _plain(attribute) for attribute in node.attribute}
         expected = _expected_attributes(node.op_type, node.name, config)
         if expected is None:
             raise ModelFileError(f"{path}: by its config there is no node {node.name} of type {node.op_type}")
@@ -234,6 +242,16 @@ def _expected_attributes(op_type: str, name: str, config: ModelConfig) -> dict[s
     sizes = {attribute: shapes[linear][0] for attribute, linear in linears.items()}
     (k,) = {shapes[linear][1] for linear in linears.values()}
     return {**sizes, "K": k, "scale_form": config.scaling_pattern}
+
+
+def _plain(attribute: AttributeProto) -> int | str | None:
+    """The value of an attribute of the types that these nodes have."""
+    match attribute.type:
+        case AttributeProto.INT:
+            return int(attribute.i)
+        case AttributeProto.STRING:
+            return str(attribute.s.decode(errors="replace"))
+    return None
 
 
 def _values(attributes: Mapping[str, Any]) -> str:

@@ -6,21 +6,20 @@ So what an export brings along is what chat and generate can use, or the export 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fbiedge.chat_template import ChatTemplate
 from fbiedge.errors import CheckpointError, FbiEdgeError
 from fbiedge.generate import listed_ids
-from fbiedge.model_file import load_json
 from fbiedge.sampling import SamplingOptions
 from fbiedge.tokenizer import Tokenizer
+from fbiedge.weights import json_sidecar
 
 
 def check_sidecars(files: Mapping[str, str]) -> None:
     """Raises CheckpointError, which names the file, where the runtime couldn't use one of `files`."""
-    tokenizer_config = _object(files, "tokenizer_config.json")
-    _object(files, "special_tokens_map.json")
-    generation_config = _object(files, "generation_config.json")
+    tokenizer_config = json_sidecar(files, "tokenizer_config.json")
+    json_sidecar(files, "special_tokens_map.json")
+    generation_config = json_sidecar(files, "generation_config.json")
     try:
         name = "generation_config.json"
         SamplingOptions.from_generation_config(generation_config)
@@ -37,17 +36,5 @@ def check_sidecars(files: Mapping[str, str]) -> None:
 
 def chat_template(files: Mapping[str, str]) -> str | None:
     """The template's text, from a file of its own or from tokenizer_config.json. Raises CheckpointError."""
-    template = files.get("chat_template.jinja") or _object(files, "tokenizer_config.json").get("chat_template")
+    template = files.get("chat_template.jinja") or json_sidecar(files, "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
-
-
-def _object(files: Mapping[str, str], name: str) -> dict[str, Any]:
-    if name not in files:
-        return {}
-    try:
-        value = load_json(files[name])
-    except ValueError as error:
-        raise CheckpointError(f"{name} is not JSON ({error}); mend or remove it") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name} holds a JSON {type(value).__name__}, expected an object; mend or remove it")
-    return value
