@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from .data import open_shard, read_documents, write_shard
+from .documents import encode, ids_dtype, read_documents
 from .loss import head_losses
 from .model import Llama
+from .shards import open_shard, write_shard
 
 WINDOWS_AT_ONCE = 8
 
@@ -42,8 +43,9 @@ def held_out_loss(model: Llama, text: Path, tokenizer: Tokenizer, scratch: Path)
     The last window, where the text ends inside it, is left out. `scratch` receives the text's token shard.
     """
     config = model.config
-    write_shard(read_documents([text]), tokenizer, config.bos_token_id, config.eos_token_id, scratch)
-    tokens = open_shard(scratch)
+    bos, eos = config.bos_token_id, config.eos_token_id
+    write_shard(scratch, encode(read_documents([text]), tokenizer, bos, eos), ids_dtype(tokenizer, bos, eos))
+    tokens = open_shard(scratch).tokens
     length = config.max_position_embeddings
     windows = (len(tokens) - 1) // length
     total = 0.0

@@ -17,8 +17,10 @@ from fbiedge.weights import SIDECARS, open_checkpoint
 
 from .checkpoint import load_model
 from .config import TrainConfig
-from .data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
+from .data import Batches
+from .documents import encode, held_out, ids_dtype, read_documents, without_held_out
 from .model import Llama, check_trainable
+from .shards import Shard, ShardWriter, open_shard, open_shards
 from .shared_scales import share_scales
 from .start import start_from
 from .tokenizer import BOS, EOS, tokenizer_config, train_tokenizer
@@ -102,9 +104,12 @@ def prepare_run(
             f"the model expects {plan.model.bos_token_id} and {plan.model.eos_token_id}"
         )
     documents = read_documents(data)
-    write_shard(documents if held_out_data else without_held_out(documents), trained, bos, eos, run / "train.tokens")
     kept = read_documents(held_out_data) if held_out_data else held_out(read_documents(data))
-    write_shard(kept, trained, bos, eos, run / "held_out.tokens")
+    dtype = ids_dtype(trained, bos, eos)
+    for name, texts in (("train", documents if held_out_data else without_held_out(documents)), ("held_out", kept)):
+        with ShardWriter(run / name, dtype) as writer:
+            for ids in encode(texts, trained, bos, eos):
+                writer.add(ids)
     open_batches(run, plan.training)  # too little text is an error now, not when the run starts
     sidecars = {
         "tokenizer.json": trained.to_str(),
@@ -151,12 +156,16 @@ def execute_run(
 
 def open_batches(run: Path, training: TrainConfig) -> tuple[Batches, Batches]:
     """The run's training and held-out batches. Raises UsageError where a shard is missing, damaged or too short."""
-    shards = ((run / "train.tokens", "training text"), (run / "held_out.tokens", "held-out text"))
     batches, held_out_batches = (
-        Batches(open_shard(path), training.batch_size, training.sequence_length, training.seed, name)
-        for path, name in shards
+        Batches(_shards(run, part), training.batch_size, training.sequence_length, training.seed, name)
+        for part, name in (("train", "training text"), ("held_out", "held-out text"))
     )
     return batches, held_out_batches
+
+
+def _shards(run: Path, part: str) -> list[Shard]:
+    single = run / f"{part}.tokens"  # of runs begun by fbiedge 0.1
+    return [open_shard(single)] if single.exists() else open_shards(run / part)
 
 
 def _choose_tokenizer(

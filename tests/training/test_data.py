@@ -9,10 +9,16 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from fbiedge.errors import UsageError
-from fbiedge.training.data import Batches, held_out, open_shard, read_documents, without_held_out, write_shard
+from fbiedge.training.data import Batches
+from fbiedge.training.documents import encode, held_out, read_documents, without_held_out
+from fbiedge.training.shards import Shard, open_shard, write_shard
 from fbiedge.training.tokenizer import train_tokenizer
 
 TEXT = "The cat sat on the mat.\n<|endoftext|>\nA dog ran to the cat, and the cat ran up.\n<|endofdoc|>\n\nOne \u00e9t\u00e9 \U0001f408."
+
+
+def stream(tokens: np.ndarray) -> Shard:
+    return Shard(path=Path("s.tokens"), tokens=tokens)
 
 
 def test_documents_are_split_at_their_markers(tmp_path: Path) -> None:
@@ -28,8 +34,8 @@ def test_documents_are_split_at_their_markers(tmp_path: Path) -> None:
 def test_a_shard_decodes_to_its_documents_between_bos_and_eos(tmp_path: Path) -> None:
     documents = ["The cat sat.", "One \u00e9t\u00e9 \U0001f408."] * 40
     tokenizer = train_tokenizer(documents, 270)
-    total = write_shard(documents, tokenizer, 1, 2, tmp_path / "s.tokens")
-    shard = open_shard(tmp_path / "s.tokens")
+    total = write_shard(tmp_path / "s.tokens", encode(documents, tokenizer, 1, 2), np.uint16)
+    shard = open_shard(tmp_path / "s.tokens").tokens
     assert shard.shape == (total,) and shard.dtype == np.uint16
     assert (shard == 1).sum() == (shard == 2).sum() == len(documents)
     starts = np.flatnonzero(shard == 1)
@@ -41,8 +47,8 @@ def test_a_shard_decodes_to_its_documents_between_bos_and_eos(tmp_path: Path) ->
 
 def test_ids_may_be_more_than_their_number(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "cat": 70_000}, unk_token="<unk>"))
-    write_shard(["cat"], tokenizer, 1, 2, tmp_path / "s.tokens")
-    assert open_shard(tmp_path / "s.tokens").tolist() == [1, 70_000, 2]
+    (ids,) = encode(["cat"], tokenizer, 1, 2)
+    assert ids.dtype == np.uint32 and ids.tolist() == [1, 70_000, 2]
 
 
 def test_special_tokens_are_one_id_and_vocabulary_is_exact() -> None:
@@ -60,7 +66,7 @@ def test_special_tokens_are_one_id_and_vocabulary_is_exact() -> None:
 
 def test_an_epoch_visits_every_window_once_and_targets_follow_inputs() -> None:
     tokens = np.arange(1003, dtype=np.uint32)
-    batches = Batches(tokens, batch_size=3, sequence_length=10, seed=5)
+    batches = Batches([stream(tokens)], batch_size=3, sequence_length=10, seed=5)
     steps = batches.windows // 3
     starts = []
     for step in range(steps):
@@ -72,13 +78,22 @@ def test_an_epoch_visits_every_window_once_and_targets_follow_inputs() -> None:
     assert starts != sorted(starts)
 
 
+def test_processes_see_the_batches_of_one(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 500, 2000).astype(np.uint16)
+    whole = Batches([stream(tokens)], 12, 16, seed=1)
+    for step in (0, 7, 30):
+        parts = [Batches([stream(tokens)], 12, 16, seed=1).batch(step, slice(4 * r, 4 * r + 4)) for r in range(3)]
+        for at in (0, 1):
+            assert np.array_equal(np.concatenate([part[at] for part in parts]), whole.batch(step)[at])
+
+
 def test_any_step_can_be_rebuilt_alone_and_epochs_differ() -> None:
     tokens = np.random.default_rng(0).integers(0, 500, 2000).astype(np.uint16)
-    straight = Batches(tokens, 4, 16, seed=1)
+    straight = Batches([stream(tokens)], 4, 16, seed=1)
     in_order = [straight.batch(step)[0] for step in range(80)]
-    alone = [Batches(tokens, 4, 16, seed=1).batch(step)[0] for step in range(80)]
+    alone = [Batches([stream(tokens)], 4, 16, seed=1).batch(step)[0] for step in range(80)]
     assert all(np.array_equal(a, b) for a, b in zip(in_order, alone, strict=True))
-    other_seed = Batches(tokens, 4, 16, seed=2).batch(0)[0]
+    other_seed = Batches([stream(tokens)], 4, 16, seed=2).batch(0)[0]
     assert not np.array_equal(in_order[0], other_seed)
 
 
@@ -99,10 +114,10 @@ def test_unusable_input_is_named(tmp_path: Path) -> None:
         list(read_documents([tmp_path / "missing.txt"]))
     with pytest.raises(UsageError, match="not a token shard"):
         open_shard(tmp_path / "none.tokens")
-    write_shard(["abc abc abc"] * 50, train_tokenizer(["abc abc abc"] * 50, 262), 1, 2, tmp_path / "s.tokens")
+    write_shard(tmp_path / "s.tokens", [np.arange(150, dtype=np.uint16)], np.uint16)
     data = (tmp_path / "s.tokens").read_bytes()
     (tmp_path / "s.tokens").write_bytes(data[:-4])
     with pytest.raises(UsageError, match="tokens found, .* expected"):
         open_shard(tmp_path / "s.tokens")
     with pytest.raises(UsageError, match="the training text has 100 tokens, expected 129 or more"):
-        Batches(np.zeros(100, np.uint16), 2, 64, 0)
+        Batches([stream(np.zeros(100, np.uint16))], 2, 64, 0)

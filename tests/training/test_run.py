@@ -24,10 +24,10 @@ from fbiedge.errors import CheckpointError, DivergedError, FbiEdgeError, OutputE
 from fbiedge.reference import Reference
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model, save_model
-from fbiedge.training.data import open_shard
 from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
+from fbiedge.training.shards import open_shards
 from fbiedge.weights import open_checkpoint
 
 
@@ -120,7 +120,7 @@ def test_one_text_without_markers_is_enough(tmp_path: Path) -> None:
     run = tmp_path / "run"
     prepare_run(run, RunPlan(model=model_config("row"), training=training_config(steps=2), teacher=None), [book], [])
     assert [r.step for r in execute_run(run)] == [1, 2]
-    sizes = [len(open_shard(run / f"{name}.tokens")) for name in ("train", "held_out")]
+    sizes = [sum(len(shard.tokens) for shard in open_shards(run / name)) for name in ("train", "held_out")]
     assert sizes[1] == pytest.approx(sum(sizes) / 20, rel=0.2)
 
 
