@@ -106,7 +106,7 @@ class Tokenizer:
         value = self.config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
-        return value if isinstance(value, str) else ""
+        return _valid(value) if isinstance(value, str) else ""
 
 
 class DetokenizeStream:

@@ -51,6 +51,7 @@ def open_onnx(path: Path) -> Weights:
     """
     path = Path(path)
     model = load_model(path)
+    _require_text(path, model)
     config, files = read_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
     _check_nodes(path, model, config)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -72,6 +73,17 @@ def load_model(path: Path) -> ModelProto:
     if not model.graph.node:
         raise ModelFileError(f"{path} is not an ONNX file, or is truncated: it holds no graph; export it again")
     return model
+
+
+def _require_text(path: Path, model: ModelProto) -> None:
+    """Texts must be UTF-8: protobuf's parser lets others through, as bytes."""
+    entries = [*model.metadata_props, *(entry for tensor in model.graph.initializer for entry in tensor.external_data)]
+    texts = [text for entry in entries for text in (entry.key, entry.value)]
+    texts += [tensor.name for tensor in model.graph.initializer]
+    for node in model.graph.node:
+        texts += [node.name, node.op_type, node.domain, *(attribute.name for attribute in node.attribute)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ModelFileError(f"{path} is damaged: it holds text that is not UTF-8; export it again")
 
 
 @dataclass(frozen=True, kw_only=True)

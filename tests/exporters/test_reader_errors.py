@@ -161,3 +161,13 @@ def test_external_data_at_no_place(offset: str, external: Path) -> None:
 
     edit(external, change)
     refused(external, "offset")
+
+
+@pytest.mark.parametrize("what", ["location", "self_attn.o_proj.bits", "fbiedge.config"])
+def test_text_that_is_not_utf8(what: str, weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(weights, path, embed_limit_bytes=0)
+    content = path.read_bytes()
+    assert what.encode() in content
+    path.write_bytes(content.replace(what.encode(), b"\xff" + what.encode()[1:]))
+    refused(path, "is damaged: it holds text that is not UTF-8; export it again")
