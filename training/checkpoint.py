@@ -57,13 +57,13 @@ def save_model(model: Llama, out: Path, files: Mapping[str, str]) -> None:
     write_checkpoint(out, model.config, tensors, files)
 
 
-def load_model(path: Path) -> Llama:
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Llama:
     """A Llama with the weights of an official-form checkpoint, latents included. Raises CheckpointError."""
     weights = open_checkpoint(path)
     with torch.device("meta"):
         model = Llama(weights.config)
     names = list(model.state_dict())
-    model.load_state_dict({name: torch.from_numpy(weights.tensor(name)) for name in names}, assign=True)
+    model.load_state_dict({name: torch.from_numpy(weights.tensor(name)).to(dtype) for name in names}, assign=True)
     if weights.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.cos, model.sin = rope_tables(weights.config)

@@ -31,13 +31,16 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
     for file in files:
         try:
             with open(file, encoding="utf-8") as text:
-                for document in _split_at_markers(iter(lambda text=text: text.read(_BLOCK), "")):  # type: ignore[misc]
-                    if document.strip():
-                        yield document.strip()
+                yield from split_documents(iter(lambda: text.read(_BLOCK), ""))
         except UnicodeDecodeError as error:
             raise UsageError(f"{file}: not UTF-8 text (byte {_first_bad_byte(file)}); convert it first") from error
         except OSError as error:
             raise UsageError(f"can't read {file}: {error.strerror}") from error
+
+
+def split_documents(blocks: Iterable[str]) -> Iterator[str]:
+    """The non-empty documents of a text that comes in blocks, cut anywhere."""
+    return (document.strip() for document in _split_at_markers(blocks) if document.strip())
 
 
 def without_held_out(documents: Iterable[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -46,13 +47,23 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, special_tokens: t
     return tokenizer
 
 
-def tokenizer_config(chat_template: str | None = None) -> dict[str, object]:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises UsageError."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"can't read the tokenizer {path}: {error}") from error
+
+
+def tokenizer_config(
+    chat_template: str | None = None, unk: str | None = UNK, bos: str | None = BOS, eos: str | None = EOS
+) -> dict[str, object]:
     """tokenizer_config.json's contents, as Hugging Face reads them."""
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": UNK,
-        "bos_token": BOS,
-        "eos_token": EOS,
+        "unk_token": unk,
+        "bos_token": bos,
+        "eos_token": eos,
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
     }
