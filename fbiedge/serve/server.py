@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from typing import Any
@@ -79,7 +80,9 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         other = "; choose another port with --port, 0 for any free one" if port else ""
-        raise UsageError(f"can't listen on {host} port {port}: {error.strerror or error}{other}") from error
+        known = not isinstance(error, socket.gaierror) and error.errno
+        reason = os.strerror(error.errno) if known else error.strerror or error
+        raise UsageError(f"can't listen on {host} port {port}: {reason}{other}") from error
 
 
 def _announce(service: Service, options: ServerOptions, listener: socket.socket) -> None:

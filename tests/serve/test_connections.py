@@ -80,7 +80,7 @@ def test_who_never_reads_is_let_go_and_holds_no_slot(impatient: RunningServer) -
     with impatient.connect() as patient, socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.connect((impatient.host, impatient.port))
-        silent.sendall(asked(body | {"logit_bias": {str(token): -100 for token in range(3)}}))
+        silent.sendall(asked(body | {"logit_bias": {str(token): -100 for token in range(6)}}))
         before = impatient.resident_bytes()
         patient.sendall(asked({"prompt": "The", "max_tokens": 5, "temperature": 0}))
         assert patient.recv(1000).startswith(b"HTTP/1.1 200")
@@ -106,7 +106,7 @@ def test_a_full_house_is_said_so_and_empties_again(impatient: RunningServer) -> 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_who_leaves_frees_the_slot(impatient: RunningServer, streamed: bool) -> None:
     """Both slots are taken by answers of many seconds; then both clients leave."""
-    endless = {"prompt": "The", "max_tokens": 500, "n": 16, "logit_bias": {str(token): -100 for token in range(3)}}
+    endless = {"prompt": "The", "max_tokens": 500, "n": 16, "logit_bias": {str(token): -100 for token in range(6)}}
     with httpx.Client(base_url=impatient.url, timeout=60) as http:
         with impatient.connect() as leaving:
             leaving.sendall(asked(endless | {"stream": streamed}))

@@ -130,9 +130,9 @@ def test_max_tokens(client: openai.OpenAI, name: str) -> None:
 
 def test_more_tokens_than_fit_end_with_the_context(client: openai.OpenAI) -> None:
     done = client.completions.create(
-        model="default", prompt="the cat " * 150, temperature=0, max_tokens=100_000, logit_bias={"2": -100, "0": -100}
+        model="default", prompt="the cat " * 150, temperature=0, max_tokens=100_000, logit_bias={"2": -100, "5": -100}
     )
-    assert done.usage and done.choices[0].finish_reason in ("length", "stop")
+    assert done.usage and done.choices[0].finish_reason == "length"
     assert done.usage.total_tokens <= 513
 
 
