@@ -118,7 +118,7 @@ def library(
 
 @app.command()
 def init(
-    preset: Annotated[str, typer.Option(help="tiny, 130m, 1.3b, 7b or 13b")],
+    preset: Annotated[str, typer.Option(help="tiny, small, 130m, 1.3b, 7b or 13b")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
     scaling_pattern: Annotated[str, typer.Option(help="column, row, single or block")] = "column",
     seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,

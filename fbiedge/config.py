@@ -168,7 +168,8 @@ class ModelConfig:
         raise ValueError("a full-precision model has no scales")
 
 
-# The published sizes (FBI-LLM, arXiv 2407.07093, table of architectures) and one small enough for any test.
+# The published sizes (FBI-LLM, arXiv 2407.07093, table of architectures), that of the bundled model (small), and one small
+# enough for any test.
 PRESETS: dict[str, ModelConfig] = {
     name: ModelConfig(
         vocab_size=vocab,
@@ -182,6 +183,7 @@ PRESETS: dict[str, ModelConfig] = {
     )
     for name, vocab, layers, hidden, ffn, heads, kv_heads, context in (
         ("tiny", 512, 2, 128, 352, 4, 4, 256),
+        ("small", 2048, 6, 256, 704, 4, 4, 512),
         ("130m", 32000, 12, 768, 2048, 12, 12, 2048),
         ("1.3b", 32000, 24, 2048, 5632, 32, 32, 2048),
         ("7b", 32000, 32, 4096, 11008, 32, 32, 2048),

@@ -14,14 +14,14 @@ from fbiedge.config import ModelConfig, ScalingPattern, preset
 from fbiedge.errors import UsageError
 from fbiedge.weights import open_checkpoint
 
-from .config import TrainConfig
+from .corpus import DataOptions, numbers
+from .plan import COLUMN_SHARED, RunPlan, TeacherDtype
+from .prepare import prepare_run
 from .progress import run_with_progress
-from .run import COLUMN_SHARED, RunPlan, prepare_run
+from .recipes import resolved
+from .teacher import find_teacher, fitted, teacher_facts
 
 STOPPED = 130  # the exit code of a run that Ctrl-C or SIGTERM stopped
-# Where the options don't say; others are the same for both.
-FROM_SCRATCH = TrainConfig(steps=1000)
-FINE_TUNE = TrainConfig(steps=500, learning_rate=1e-4, warmup_steps=20)
 
 app = typer.Typer(add_completion=False)
 
@@ -31,18 +31,39 @@ def train(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the run; the checkpoint is written to OUT/model.")
     ],
-    data: Annotated[list[Path] | None, typer.Option(help="UTF-8 text file; repeat for more.")] = None,
-    held_out: Annotated[
-        list[Path] | None, typer.Option(help="Text for the held-out loss; by default every 50th document of the data.")
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text or JSONL file, folder of Amber chunks, of such files or of token shards, Hugging Face dataset "
+            "(folder, or hf:NAME[@CONFIG][:SPLIT]); repeat for more."
+        ),
     ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Data for the held-out loss; by default a small part of the data.")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field of the text in JSONL and datasets; by default text, or the only one.")
+    ] = None,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave corrupt lines of JSONL out, and count them.")
+    ] = False,
+    skip_chunks: Annotated[
+        str | None, typer.Option(help="Amber chunks of a folder to leave out, such as 7,12; by default the preset's.")
+    ] = None,
+    data_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens of the data.")] = None,
     preset_name: Annotated[
-        str | None, typer.Option("--preset", help="Shape of the model: tiny (default), 130m, 1.3b, 7b, 13b.")
+        str | None,
+        typer.Option("--preset", help="Shape and hyperparameters: tiny (default), small, 130m, 1.3b, 7b, 13b."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json with the model's shape, instead of a preset.")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Full-precision checkpoint to distil from; its tokenizer is used.")
+        str | None,
+        typer.Option(help="Model to distil from: folder or name on the Hugging Face hub; its tokenizer is used."),
+    ] = None,
+    teacher_dtype: Annotated[
+        str | None, typer.Option(help="fp32 or bf16: how its weights are held; bf16 from 130m on.")
     ] = None,
     scaling_pattern: Annotated[
         str,
@@ -62,39 +83,64 @@ def train(
     ] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja chat template to ship with the model.")] = None,
     special_token: Annotated[list[str] | None, typer.Option(help="Marker kept whole by a new tokenizer.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; 1000, with --init 500.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak, after the warm-up; 3e-4, with --init 1e-4.")
+    # Hyperparameters: TrainConfig's names. What isn't given is the preset's.
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a process computes at once, gradients adding up; 0: its whole share.")
     ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up; 100, with --init 20.")] = None,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, on every parameter.")] = 0.1,
-    grad_clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak, after the warm-up.")] = None,
+    min_learning_rate_ratio: Annotated[float | None, typer.Option(help="Of the peak, at the last step.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's, on every parameter.")] = None,
+    beta1: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
+    grad_clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
     one_hot_share: Annotated[
-        float,
+        float | None,
         typer.Option(help="Share of the next-token loss beside distillation: 0 as published, 1 ignores the teacher."),
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Decides the start and the order of the data.")] = 11111,
-    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = True,
-    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile both models.")] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between saves.")] = 200,
-    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses.")] = 200,
+    ] = None,
+    loss_chunk: Annotated[int | None, typer.Option(help="Positions whose logits are held at once.")] = None,
+    loss_jump: Annotated[
+        float | None, typer.Option(help="Nats above the lowest loss level so far at which a run has diverged.")
+    ] = None,
+    loss_jump_steps: Annotated[int | None, typer.Option(help="Steps in a row that it stays there.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the start and the order of the data.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast.")] = None,
+    compile_model: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile both models.")
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            help="Less memory for a third more work: compute each layer again for its gradients.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between saves.")] = None,
+    async_checkpoint: Annotated[
+        bool | None,
+        typer.Option("--async-checkpoint/--no-async-checkpoint", help="Save in the background, OUT/model at the end."),
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses.")] = None,
+    eval_sequences: Annotated[int | None, typer.Option(help="Held-out sequences per evaluation.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT's last save, with OUT's own options.")
     ] = False,
 ) -> None:
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
-    teacher (--scaling-pattern none)."""
+    teacher (--scaling-pattern none). What no option says is the preset's, else for 1000 short steps on one machine."""
     console = Console()
     if resume and init is not None:
         raise UsageError("--resume goes on from OUT's own weights; leave --init out")
     if not resume:
         if not data:
-            raise UsageError("no --data given; name at least one text file")
+            raise UsageError("no --data given; name a text file, or what else --help lists")
         if config is not None and preset_name is not None:
             raise UsageError("--preset and --config both give the model's shape; leave one out")
-        brought = teacher is not None or (init is not None and (init / "tokenizer.json").exists())
+        teacher_folder = None if teacher is None else find_teacher(teacher).resolve()
+        brought = any(folder is not None and (folder / "tokenizer.json").exists() for folder in (teacher_folder, init))
         if (brought and tokenizer is not None) or ((teacher or init) and special_token):
             whose = "a student uses its teacher's tokenizer" if teacher else "--init brings its tokenizer along"
             raise UsageError(f"{whose}; leave --tokenizer and --special-token out")
@@ -108,31 +154,41 @@ def train(
         shape = _shape(preset_name, config) if init is None else open_checkpoint(init).config
         pattern = "column" if scaling_pattern == COLUMN_SHARED else scaling_pattern
         model = dataclasses.replace(shape, scaling_pattern=cast(ScalingPattern, pattern))
-        if teacher is not None and init is None and vocab_size is None:
-            vocab_size = open_checkpoint(teacher).config.vocab_size
+        if teacher_folder is not None and init is None:
+            model = fitted(model, teacher_facts(teacher_folder))
         if vocab_size is not None:
             model = dataclasses.replace(model, vocab_size=vocab_size)
-        if sequence_length > model.max_position_embeddings:
+        given = {
+            "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
+            "sequence_length": sequence_length, "learning_rate": learning_rate,
+            "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
+            "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
+            "one_hot_share": one_hot_share, "loss_chunk": loss_chunk, "loss_jump": loss_jump,
+            "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "compile": compile_model,
+            "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
+            "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
+        }  # fmt: skip
+        recipe, training = resolved(preset_name, init is not None, given)
+        if training.sequence_length > model.max_position_embeddings:
             raise UsageError(
-                f"sequences of {sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
+                f"sequences of {training.sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
             )
-        usual = FROM_SCRATCH if init is None else FINE_TUNE
-        training = TrainConfig(
-            steps=usual.steps if steps is None else steps,
-            learning_rate=usual.learning_rate if learning_rate is None else learning_rate,
-            warmup_steps=usual.warmup_steps if warmup_steps is None else warmup_steps,
-            batch_size=batch_size, sequence_length=sequence_length, weight_decay=weight_decay, grad_clip=grad_clip,
-            one_hot_share=one_hot_share, seed=seed, bf16=bf16, compile=compile_model, checkpoint_every=checkpoint_every, eval_every=eval_every,
-        )  # fmt: skip
         plan = RunPlan(
-            model=model, training=training, teacher=None if teacher is None else str(teacher.resolve()),
+            model=model, training=training, teacher=None if teacher_folder is None else str(teacher_folder),
+            teacher_dtype=cast(TeacherDtype, teacher_dtype or recipe.teacher_dtype), preset=preset_name,
             init=None if init is None else str(init.resolve()), shared_scales=scaling_pattern == COLUMN_SHARED,
         )  # fmt: skip
-        console.print("preparing tokenizer and token shards")
-        prepare_run(
-            out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
-            None if chat_template is None else _read(chat_template),
+        options = DataOptions(
+            text_field=text_field, skip_corrupt=skip_corrupt, most_tokens=data_tokens,
+            skip_chunks=recipe.skip_chunks if skip_chunks is None else numbers(skip_chunks),
         )  # fmt: skip
+        console.print("preparing tokenizer and token shards")
+        told = prepare_run(
+            out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
+            None if chat_template is None else _read(chat_template), None, options,
+        )  # fmt: skip
+        console.print(told, soft_wrap=True)
+        _print_plan(RunPlan.load(out), out, console)
     report = run_with_progress(out, resume, console)
     if report is None:
         console.print("nothing left to do: the run is complete")
@@ -147,6 +203,14 @@ def train(
         console.print(f"next: fbiedge train --teacher {out / 'model'} --data ... -o STUDENT", soft_wrap=True)
     else:
         console.print(f"next: fbiedge export {out / 'model'} --to onnx -o model.onnx", soft_wrap=True)
+
+
+def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:
+    """The resolved hyperparameters, as they are stored."""
+    for title, values in (("training", plan.training.to_dict()), ("model", plan.model.to_dict())):
+        shown = "  ".join(f"{name}={value}" for name, value in values.items() if isinstance(value, str | int | float))
+        console.print(f"{title}: {shown}", highlight=False)
+    console.print(f"all of it: {out / 'run.json'}", soft_wrap=True)
 
 
 def _shape(preset_name: str | None, config: Path | None) -> ModelConfig:

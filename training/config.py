@@ -25,10 +25,15 @@ class TrainConfig:
     grad_clip: float = 1.0
     one_hot_share: float = 0.0  # of the loss, beside distillation; without a teacher the loss is one-hot alone
     loss_chunk: int = 1024  # positions whose logits are held at once
+    micro_batch_size: int = 0  # sequences a process computes at once, gradients adding up; 0: all of its share
     seed: int = 11111
     bf16: bool = True  # autocast; latents, moments and losses stay fp32
-    compile: bool = False  # torch.compile: a minute at the start, then faster steps
+    compile: bool = False  # torch.compile of each decoder layer: a minute at the start, then faster steps
+    activation_checkpointing: bool = False  # keep a layer's input only and compute it again backward: a third more work
     checkpoint_every: int = 200  # optimizer steps
+    async_checkpoint: bool = False  # write states in the background; RUN/model then only when the run ends
+    loss_jump: float = 2.0  # nats above the lowest level of the loss so far: a run that stays there has diverged
+    loss_jump_steps: int = 50  # in a row
     eval_every: int = 200  # optimizer steps
     eval_sequences: int = 64  # held-out sequences per evaluation
 
@@ -41,13 +46,14 @@ class TrainConfig:
             "eval_every",
             "eval_sequences",
             "loss_chunk",
+            "loss_jump_steps",
         ):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive integer")
-        for name in ("learning_rate", "grad_clip"):
+        for name in ("learning_rate", "grad_clip", "loss_jump"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay", "seed", "micro_batch_size"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("beta1", "beta2", "min_learning_rate_ratio", "one_hot_share"):

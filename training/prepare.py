@@ -134,7 +134,7 @@ def _choose_tokenizer(
         for other in files[1:]:
             if read_tokenizer(other).get_vocab() != chosen.get_vocab():
                 raise UsageError(
-                    f"{other.parent} and {files[0].parent} have different tokenizers; distillation needs the same one"
+                    f"{other} and {files[0]} are different tokenizers; distillation needs the same one"
                 )
     elif folders or not data.texts:
         lacking = folders[0] if folders else "data of token ids"

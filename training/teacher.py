@@ -8,14 +8,14 @@ is what the loss needs (loss.py); that is tried out when it is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError, printable
 from fbiedge.tensor_store import read_json
 from fbiedge.weights import open_checkpoint
@@ -81,6 +81,13 @@ def teacher_facts(folder: Path) -> TeacherFacts:
     )  # fmt: skip
 
 
+def fitted(model: ModelConfig, teacher: TeacherFacts) -> ModelConfig:
+    """A student's config with what it must share with its teacher. Where a teacher has no bos, its eos parts documents."""
+    eos = model.eos_token_id if teacher.eos is None else teacher.eos
+    bos = eos if teacher.bos is None else teacher.bos
+    return replace(model, vocab_size=teacher.vocab_size, bos_token_id=bos, eos_token_id=eos)
+
+
 def load_teacher(folder: Path, dtype: TeacherDtype) -> nn.Module:
     """A frozen module with `features(ids)` [B, T, hidden] and `lm_head.weight` [V, hidden].
 
@@ -120,15 +127,8 @@ class ForeignTeacher(nn.Module):
         return out
 
 
-def same_vocabulary(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Whether two tokenizers give every piece the same id."""
-    return dict(one) == dict(other)
-
-
 def _is_llama(raw: dict[str, Any]) -> bool:
     """Whether our own Llama computes it."""
-    from fbiedge.config import ModelConfig
-
     if raw.get("model_type", "llama") != "llama":
         return False
     try:

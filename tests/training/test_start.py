@@ -17,6 +17,7 @@ from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model, save_model
 from fbiedge.training.model import BinaryLinear, Llama
+from fbiedge.training.recipes import FINE_TUNE
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.start import least_squares, start_from
 from fbiedge.weights import open_checkpoint
@@ -143,7 +144,7 @@ def test_the_command_fine_tunes_with_defaults_of_its_own(
     plan = RunPlan.load(tmp_path / "a")
     assert plan.init == str(teacher) and plan.shared_scales and plan.model == model_config("column")
     assert plan.training == dataclasses.replace(
-        cli.FINE_TUNE, steps=3, batch_size=2, sequence_length=32, bf16=plan.training.bf16
+        FINE_TUNE, steps=3, batch_size=2, sequence_length=32, bf16=plan.training.bf16
     )
     assert json.loads((tmp_path / "a" / "run.json").read_text())["shared_scales"] is True
     cli.main([*arguments, "--init", str(tmp_path / "a" / "model"), "--scaling-pattern", "row", "--steps", "1", "-o", str(tmp_path / "b")])  # fmt: skip
