@@ -81,7 +81,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         other = "; choose another port with --port, 0 for any free one" if port else ""
         known = not isinstance(error, socket.gaierror) and error.errno
-        reason = os.strerror(error.errno) if known else error.strerror or error
+        reason = os.strerror(error.errno or 0) if known else error.strerror or error
         raise UsageError(f"can't listen on {host} port {port}: {reason}{other}") from error
 
 
