@@ -272,8 +272,8 @@ def _values(attributes: Mapping[str, Any]) -> str:
 
 def _check_storage(path: Path, tensor: TensorProto) -> None:
     """The bytes of a tensor must be there, all of them."""
-    if tensor.data_type == TensorProto.INT64:
-        return  # constants of the graph
+    if tensor.data_type == TensorProto.INT64 or tensor.name.startswith("constants."):
+        return  # of the graph, never read as weights
     if tensor.data_type not in _DTYPES:
         raise ModelFileError(f"{path}: {tensor.name} has ONNX data type {tensor.data_type}, which fbiedge never writes")
     wanted = prod(tensor.dims) * _DTYPES[tensor.data_type].itemsize
