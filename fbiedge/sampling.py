@@ -97,14 +97,17 @@ class Sampler:
             logits[self._biased] += self._bias
         if options.repetition_penalty != 1.0 and len(context):
             logits = penalize(logits, context[-PENALTY_WINDOW:], options.repetition_penalty)
-        if self._constraint is not None:
-            logits = np.where(self._constraint.allowed(), logits, -np.inf)
+        allowed = None
+        if self._constraint is not None:  # from here on, the others aren't there: they need no sorting either
+            allowed = np.flatnonzero(self._constraint.allowed())
+            logits = logits[allowed]
         if not math.isfinite(logits.max()):
             raise ModelFileError(
                 "the model computes NaN or Inf; its file is damaged or was exported from a broken checkpoint"
             )
         token_id = int(logits.argmax()) if options.temperature == 0 else self._draw(logits)
-        if self._constraint is not None:
+        if self._constraint is not None and allowed is not None:
+            token_id = int(allowed[token_id])
             self._constraint.accept(token_id)
         return token_id
 
@@ -112,7 +115,7 @@ class Sampler:
         tokens, weights = candidates(logits, self.options)
         cumulative = weights.cumsum()
         draw = self._random.random() * cumulative[-1]
-        # The last token with any weight is the first that reaches the whole: rounding must not draw one after it.
+        # The last token with any weight is the first that reaches the whole: rounding must draw none after it.
         last = int(cumulative.searchsorted(cumulative[-1]))
         return int(tokens[min(int(cumulative.searchsorted(draw, side="right")), last)])
 

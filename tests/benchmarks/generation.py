@@ -38,7 +38,7 @@ from fbiedge.sampling import SamplingOptions
 from fbiedge.tokenizer import Tokenizer
 
 DRAFTS = (4, 8, 16)
-REPETITIONS = 5
+REPETITIONS = 3
 PERSON = {
     "type": "object",
     "properties": {
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="default: the bundled model")
     session = open_session(parser.parse_args().model or bundled_model())
     tokenizer = Tokenizer.from_model(session.model)
-    text = tokenizer.encode(CALIBRATION_TEXT)[: session.capacity // 3]
+    text = tokenizer.encode(CALIBRATION_TEXT)[:100]
     report = {
         "model": session.model.path.name,
         "engine": session.description,
@@ -113,7 +113,7 @@ def lookup(session: CachedSession, tokenizer: Tokenizer, text: Sequence[int]) ->
 def constraint(session: CachedSession, tokenizer: Tokenizer, text: Sequence[int]) -> dict[str, Any]:
     compiling = median(lambda: timed(lambda: compile_constraint(tokenizer, session.vocab_size, json_schema=PERSON)))
     compiled = compile_constraint(tokenizer, session.vocab_size, json_schema=PERSON)
-    free = GenerationOptions(sampling=SamplingOptions(seed=1), max_tokens=128)
+    free = GenerationOptions(sampling=SamplingOptions(seed=1), max_tokens=100)
     generation = partial(decode, session, session, tokenizer, text[:8])
     choices = {"free": free, "json": replace(free, constraint=compiled)}
     seconds = {

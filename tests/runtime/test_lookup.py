@@ -112,7 +112,7 @@ def test_the_text_is_the_same(bundled: Session, name: str, lookup_tokens: int) -
     assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
     assert plain.drafted_tokens == 0
     if name in ("greedy", "context", "shift"):
-        assert stats.accepted_tokens > 5, "the test is about drafts that come true"
+        assert stats.accepted_tokens > 2, "the test is about drafts that come true"
 
 
 def test_a_constrained_text_is_the_same(bundled: Session) -> None:
