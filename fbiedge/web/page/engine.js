@@ -15,9 +15,13 @@ export class EngineError extends Error {
   }
 }
 
+const PATIENCE = 10_000; // milliseconds for a step of a large model; no chat template takes so long that is meant well
+
 /** A model in a worker. One thing at a time: load, then ask. */
 export class Engine {
   constructor() {
+    /** @type {ReturnType<typeof setTimeout> | undefined} */
+    this.deadline = undefined; // runs from a stop to its answer
     this.#start();
   }
 
@@ -28,13 +32,14 @@ export class Engine {
   /**
    * Load the model; again, after an error or with another engine, in a new worker.
    * @param {import("./worker.js").EngineChoice} engine
+   * @param {number} threads  0: as many as are useful
    * @param {(reply: Reply) => void} onProgress
    * @returns {Promise<import("./worker.js").Ready>}
    */
-  load(engine, onProgress) {
+  load(engine, threads, onProgress) {
     this.worker?.terminate();
     this.#start();
-    return /** @type {any} */ (this.#converse({ type: "load", engine }, "ready", onProgress));
+    return /** @type {any} */ (this.#converse({ type: "load", engine, threads }, "ready", onProgress));
   }
 
   /**
@@ -48,9 +53,13 @@ export class Engine {
     return /** @type {any} */ (this.#converse({ type: "ask", text, options }, "stats", onEvent));
   }
 
-  /** End the answer after the token that is being computed. */
+  /** End the answer after the step that is being computed; should it never end, end the worker. */
   stop() {
     this.#post({ type: "stop" });
+    this.deadline ||= setTimeout(() => {
+      this.worker?.terminate();
+      this.giveUp?.(new EngineError("The model did not stop.", false));
+    }, PATIENCE);
   }
 
   /**
@@ -79,7 +88,8 @@ export class Engine {
    */
   #converse(request, last, onReply) {
     const worker = /** @type {Worker} */ (this.worker);
-    return new Promise((resolve, reject) => {
+    const done = new Promise((resolve, reject) => {
+      this.giveUp = reject;
       worker.onmessage = ({ data }) => {
         const reply = /** @type {Reply} */ (data);
         if (reply.type === "error") reject(new EngineError(reply.message, reply.contextFull));
@@ -89,6 +99,10 @@ export class Engine {
       worker.onerror = (event) => reject(new EngineError(event.message || "The page's worker can't start.", false));
       worker.onmessageerror = () => reject(new EngineError("The page's worker sent what can't be read.", false));
       this.#post(request);
+    });
+    return done.finally(() => {
+      clearTimeout(this.deadline);
+      this.deadline = undefined;
     });
   }
 }

@@ -7,11 +7,12 @@ import { DetokenizeStream } from "./tokenizer.js";
 export const CHUNK = 128;
 
 /**
- * Why a text ended. end: the model ended it; length: maxTokens; context: the cache is full; cancelled: the stop button.
+ * Why a text ended. end: the model ended it; length: maxTokens; context: nothing of the prompt is left in the cache;
+ * cancelled: the stop button.
  * @typedef {"end" | "length" | "context" | "cancelled"} FinishReason
  *
  * @typedef {object} GenerationOptions
- * @property {number} maxTokens  0: until the model ends its text or the context is full
+ * @property {number} maxTokens  0: until the model ends its text
  * @property {import("./sampling.js").SamplingOptions} sampling
  *
  * @typedef {object} GenerationStats
@@ -23,57 +24,64 @@ export const CHUNK = 128;
  * @property {number} decodeSeconds
  * @property {number} decodeSteps
  * @property {FinishReason} finishReason
+ * @property {number} [forgottenTurns]  of the conversation, for want of room
  *
  * @typedef {{type: "prompt", done: number, total: number} | {type: "piece", text: string} | GenerationStats} Event
  */
 
 /**
  * Continue `promptIds` until one of the `ends`, a limit of `options`, or `cancelled()`. What the session's cache shares
- * with the prompt is not run again.
+ * with the prompt is not run again. Where the cache is full, it forgets the older half but for the first `keep` tokens,
+ * and runs the rest again: its keys and values held what is forgotten.
  * @param {import("./session.js").Session} session
  * @param {import("./tokenizer.js").Tokenizer} tokenizer
  * @param {number[]} promptIds
  * @param {GenerationOptions} options
  * @param {Set<number>} ends
+ * @param {number} keep
  * @param {() => boolean} cancelled
  * @returns {AsyncGenerator<Event>}
  */
-export async function* generate(session, tokenizer, promptIds, options, ends, cancelled) {
+export async function* generate(session, tokenizer, promptIds, options, ends, keep, cancelled) {
+  const { capacity } = session;
   const started = performance.now();
   const detokenizer = new DetokenizeStream(tokenizer, promptIds);
+  let tokens = [...promptIds]; // that the next one comes after
   /** @type {number[]} */
   const generatedIds = [];
   const cachedTokens = await session.reuse(promptIds);
-  /** @type {Float32Array | null} */
-  let logits = null;
-  for (let start = cachedTokens; start < promptIds.length && !cancelled(); start += CHUNK) {
-    logits = await session.forward(promptIds.slice(start, start + CHUNK));
-    yield { type: "prompt", done: session.position, total: promptIds.length };
-  }
+  let logits = yield* run(session, promptIds, cancelled);
   const prefilled = performance.now();
   /** @type {FinishReason} */
   let finishReason = "cancelled";
   let decodeSteps = 0;
-  while (logits !== null && !cancelled() && session.position >= promptIds.length) {
-    const recent = [...promptIds.slice(-PENALTY_WINDOW), ...generatedIds.slice(-PENALTY_WINDOW)];
-    const id = sample(logits, recent, options.sampling);
+  while (logits !== null && !cancelled()) {
+    const id = sample(logits, tokens.slice(-PENALTY_WINDOW), options.sampling);
     if (ends.has(id)) {
       finishReason = "end";
       break;
     }
     generatedIds.push(id);
-    const text = detokenizer.push(id);
-    if (text) yield { type: "piece", text };
+    tokens.push(id);
+    yield { type: "piece", text: detokenizer.push(id) };
     if (generatedIds.length === options.maxTokens) {
       finishReason = "length";
       break;
     }
-    if (session.position === session.capacity) {
+    if (session.position < capacity) {
+      logits = await session.forward([id]);
+      decodeSteps += 1;
+      continue;
+    }
+    // A model that never ends its text must end somewhere: here when nothing of the prompt is left.
+    if (options.maxTokens === 0 && generatedIds.length >= capacity) {
       finishReason = "context";
       break;
     }
-    logits = await session.forward([id]);
-    decodeSteps += 1;
+    const kept = Math.min(keep, Math.floor(capacity / 2));
+    tokens = [...tokens.slice(0, kept), ...tokens.slice(-Math.floor((capacity - kept + 1) / 2))];
+    await session.reuse(tokens);
+    logits = yield* run(session, tokens, cancelled);
   }
   const rest = detokenizer.flush();
   if (rest) yield { type: "piece", text: rest };
@@ -87,4 +95,22 @@ export async function* generate(session, tokenizer, promptIds, options, ends, ca
     decodeSteps,
     finishReason,
   };
+}
+
+/**
+ * Run what the cache lacks of `ids` -> logits for the token after them; null where that was cancelled.
+ * @param {import("./session.js").Session} session
+ * @param {number[]} ids
+ * @param {() => boolean} cancelled
+ * @returns {AsyncGenerator<Event, Float32Array | null>}
+ */
+async function* run(session, ids, cancelled) {
+  /** @type {Float32Array | null} */
+  let logits = null;
+  while (session.position < ids.length) {
+    if (cancelled()) return null;
+    logits = await session.forward(ids.slice(session.position, session.position + CHUNK));
+    yield { type: "prompt", done: session.position, total: ids.length };
+  }
+  return logits;
 }

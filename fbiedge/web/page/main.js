@@ -7,9 +7,11 @@ import { ConversationView } from "./view.js";
 /** @typedef {"loading" | "failed" | "ready" | "answering"} State */
 
 const CHAT_IDEAS = ["Tell me a story about a dog.", "What do you like to do for fun?", "Do you have any pets?"];
+const SHOWN_FROM = 4; // tokens; a speed of fewer jumps about
 const TEXT_IDEAS = ["Once upon a time", "One day, a little fox", "In the middle of the night"];
 
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
+const mayHover = matchMedia("(hover: hover)"); // no phone, where a focus would bring up a keyboard
 const input = /** @type {HTMLTextAreaElement} */ ($("input"));
 const send = /** @type {HTMLButtonElement} */ ($("send"));
 const stop = /** @type {HTMLButtonElement} */ ($("stop"));
@@ -19,7 +21,7 @@ const progress = /** @type {HTMLProgressElement} */ ($("progress"));
 const engine = new Engine();
 const conversation = new ConversationView($("messages"), $("scroll"), $("to-end"));
 const settings = new SettingsView(/** @type {HTMLDialogElement} */ ($("settings")), (name) => {
-  if (name === "engine" && state !== "loading") load();
+  if ((name === "engine" || name === "threads") && state !== "loading") load();
   if (name === "system" && state === "ready" && conversation.list.childElementCount === 0) startChat();
 });
 
@@ -40,6 +42,12 @@ function enter(next) {
 
 function updateSend() {
   send.disabled = state !== "ready" || input.value.trim() === "";
+}
+
+/** What had the focus may just have gone, and with it the place of who uses the keyboard. */
+function takeFocus() {
+  const lost = document.activeElement === document.body || document.activeElement?.closest("[hidden], #new-chat");
+  if (mayHover.matches && lost) input.focus({ preventScroll: true });
 }
 
 /** @param {string} text */
@@ -77,7 +85,7 @@ async function load() {
     model = await response.json();
     $("model-name").textContent = document.title = model.name;
     settings.setRecommended(model.sampling);
-    const ready = await engine.load(settings.values.engine, showProgress);
+    const ready = await engine.load(settings.values.engine, settings.values.threads, showProgress);
     settings.setTakesSystem(ready.takesSystem);
     $("engine").textContent = ready.engine;
     $("engine").title = ready.note;
@@ -131,8 +139,7 @@ function startChat() {
   );
   $("ideas").hidden = false;
   enter("ready");
-  // On a phone this would bring up the keyboard over an empty page.
-  if (matchMedia("(hover: hover)").matches) input.focus();
+  takeFocus();
 }
 
 /** @param {string} text */
@@ -142,22 +149,22 @@ async function answer(text) {
   $("welcome").hidden = true;
   $("notice").hidden = true;
   dropActions();
+  takeFocus();
   const question = conversation.addUser(text);
   const view = conversation.addAnswer();
   say("The model is writing");
   const { sampling, maxTokens } = settings.values;
-  let started = 0;
+  let first = 0; // when the first token came
   let tokens = 0;
   try {
     const stats = await engine.ask(text, { sampling, maxTokens }, (event) => {
-      if (event.type === "prompt") {
-        started = performance.now();
-        view.about([event.done < event.total ? `Reading ${event.done} of ${event.total} tokens` : ""]);
+      if (event.type === "prompt" && event.done < event.total) {
+        view.about([`Reading ${event.done} of ${event.total} tokens`]);
       } else if (event.type === "piece") {
         view.append(event.text);
+        first ||= performance.now();
         tokens += 1;
-        const seconds = (performance.now() - started) / 1000;
-        if (tokens > 4) view.about([`${rate(tokens, seconds)} tok/s`]);
+        if (tokens > SHOWN_FROM) view.about([`${rate(tokens - 1, (performance.now() - first) / 1000)} tok/s`]);
       }
     });
     const nothing = stats.generatedIds.length === 0 && stats.finishReason === "cancelled";
@@ -171,6 +178,7 @@ async function answer(text) {
   }
   view.finish();
   enter("ready");
+  takeFocus();
 }
 
 /**
@@ -179,18 +187,20 @@ async function answer(text) {
  * @param {import("./generate.js").GenerationStats} stats
  */
 function finish(view, question, stats) {
-  const facts = [`${rate(stats.decodeSteps, stats.decodeSeconds)} tok/s`, `${stats.generatedIds.length} tokens`];
+  const count = stats.generatedIds.length;
+  const facts = [`${rate(stats.decodeSteps, stats.decodeSeconds)} tok/s`, `${count} token${count === 1 ? "" : "s"}`];
   if (stats.finishReason === "cancelled") facts.push("stopped");
   if (stats.finishReason === "length") facts.push("cut at the longest answer");
+  if (stats.finishReason === "context") facts.push("cut: the text would not end");
+  if (stats.forgottenTurns) facts.push(`the model has forgotten ${stats.forgottenTurns} earlier turn${stats.forgottenTurns > 1 ? "s" : ""}`);
   if (view.text === "") view.append("(no text)");
-  view.about(facts, [
+  const actions = [
     { label: "Copy", act: () => copy(view.text) },
-    { label: "Again", act: () => again(view, question) },
-  ]);
+    { label: "Regenerate", act: () => again(view, question) },
+  ];
+  const cached = stats.cachedTokens ? `, ${stats.cachedTokens} of them still in the cache` : "";
+  view.about(facts, actions, `prompt of ${stats.promptTokens} tokens${cached}, read in ${stats.prefillSeconds.toFixed(2)} s`);
   say(`Answer: ${view.text}`);
-  if (stats.finishReason === "context") {
-    notify("The model's context is full: it can't remember more of this conversation.", "New chat", startChat);
-  }
 }
 
 /**
@@ -263,7 +273,7 @@ $("form").addEventListener("submit", (event) => {
 input.addEventListener("input", updateSend);
 input.addEventListener("keydown", (event) => {
   // With a keyboard on the screen, Enter is the only way to a new line.
-  const writes = event.shiftKey || event.isComposing || !matchMedia("(hover: hover)").matches;
+  const writes = event.shiftKey || event.isComposing || !mayHover.matches;
   if (event.key !== "Enter" || writes) return;
   event.preventDefault();
   if (!send.disabled) /** @type {HTMLFormElement} */ ($("form")).requestSubmit();

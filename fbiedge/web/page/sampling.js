@@ -52,6 +52,7 @@ export function sample(logits, context, options, random = Math.random) {
  */
 export function penalize(logits, recent, penalty) {
   const penalized = logits.slice();
+  penalty = Math.fround(penalty); // as NumPy computes
   for (const token of new Set(recent)) {
     penalized[token] = logits[token] > 0 ? logits[token] / penalty : logits[token] * penalty;
   }

@@ -6,10 +6,11 @@
  * @property {number} maxTokens
  * @property {string} system
  * @property {import("./worker.js").EngineChoice} engine
+ * @property {number} threads
  */
 
 const KEPT = "fbiedge.settings";
-const TEXTS = ["system", "engine"];
+const NOT_SAMPLING = ["system", "engine", "threads"];
 /** What can't be computed with, beyond the bounds that the fields say. */
 const TOO_SMALL = 1e-30;
 
@@ -23,7 +24,7 @@ export class SettingsView {
     this.dialog = dialog;
     this.form = /** @type {HTMLFormElement} */ (dialog.querySelector("form"));
     /** @type {Record<string, number | string>} */
-    this.defaults = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, maxTokens: 0, system: "", engine: "auto" };
+    this.defaults = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, maxTokens: 0, system: "", engine: "auto", threads: 0 };
     /** @type {Record<string, number | string>} */
     this.changed = readKept();
     this.form.addEventListener("change", ({ target }) => {
@@ -39,7 +40,7 @@ export class SettingsView {
       if (event.target === dialog) dialog.close(); // beside it
     });
     dialog.querySelector("#recommended")?.addEventListener("click", () => {
-      for (const name of Object.keys(this.defaults)) if (!TEXTS.includes(name)) delete this.changed[name];
+      for (const name of Object.keys(this.defaults)) if (!NOT_SAMPLING.includes(name)) delete this.changed[name];
       this.#keep();
       this.#show();
     });
@@ -47,8 +48,8 @@ export class SettingsView {
 
   /** @returns {Settings} */
   get values() {
-    const { maxTokens, system, engine, ...sampling } = { ...this.defaults, ...this.changed };
-    return /** @type {any} */ ({ sampling, maxTokens, system, engine });
+    const { maxTokens, system, engine, threads, ...sampling } = { ...this.defaults, ...this.changed };
+    return /** @type {any} */ ({ sampling, maxTokens, system, engine, threads });
   }
 
   /** @param {import("./sampling.js").SamplingOptions} sampling */
@@ -59,9 +60,7 @@ export class SettingsView {
 
   /** @param {boolean} taken */
   setTakesSystem(taken) {
-    this.#field("system").disabled = !taken;
-    const hint = this.form.querySelector("#system-hint");
-    if (hint) hint.textContent = taken ? "for the next new chat" : "this model takes none";
+    /** @type {HTMLElement} */ (this.form.querySelector("#system-settings")).hidden = !taken;
   }
 
   open() {
@@ -74,6 +73,7 @@ export class SettingsView {
       const field = this.#field(name);
       field.value = String(value);
       field.removeAttribute("aria-invalid");
+      field.closest("label")?.querySelector("small")?.removeAttribute("data-wrong");
     }
   }
 
@@ -84,11 +84,10 @@ export class SettingsView {
   #take(field) {
     const number = field.valueAsNumber;
     const usable = field.type !== "number" || (field.validity.valid && field.value !== "" && (number === 0 || number >= TOO_SMALL));
-    field.toggleAttribute("aria-invalid", !usable);
-    if (!usable) {
-      field.setAttribute("aria-invalid", "true");
-      return false;
-    }
+    field.setAttribute("aria-invalid", String(!usable));
+    const hint = /** @type {HTMLElement} */ (field.closest("label")?.querySelector("small"));
+    hint.dataset.wrong = usable ? "" : `expected ${field.step === "1" ? "a whole number" : "a number"} from ${field.min} to ${field.max}`;
+    if (!usable) return false;
     this.changed[field.name] = field.type === "number" ? number : field.value;
     if (this.changed[field.name] === this.defaults[field.name]) delete this.changed[field.name];
     this.#keep();

@@ -20,7 +20,8 @@ export class Tokenizer {
   /** @param {TokenizerDescription} description */
   constructor({ tokenizer, bos, addBos }) {
     this.library = new LibraryTokenizer(tokenizer, { clean_up_tokenization_spaces: false });
-    for (const step of [this.library.pre_tokenizer, ...(this.library.pre_tokenizer?.tokenizers ?? [])]) {
+    const first = /** @type {any} */ (this.library.pre_tokenizer);
+    for (const step of [first, ...(first?.tokenizers ?? [])]) {
       if (step instanceof ByteLevelPreTokenizer) step.pattern = WORDS;
     }
     this.bos = bos;
@@ -128,8 +129,11 @@ export class DetokenizeStream {
   }
 
   newText() {
-    const known = this.before.length > 0 ? this.tokenizer.library.decode(this.before) : "";
-    return this.tokenizer.library.decode([...this.before, ...this.held]).slice(known.length);
+    const textOf = (/** @type {number[]} */ ids) => {
+      const shown = ids.filter((id) => !this.tokenizer.special.has(id));
+      return shown.length > 0 ? this.tokenizer.library.decode(shown) : "";
+    };
+    return textOf([...this.before, ...this.held]).slice(textOf(this.before).length);
   }
 
   heldText(text = this.held.length > 0 ? this.newText() : "") {

@@ -79,8 +79,10 @@ export class AnswerView {
   /**
    * @param {string[]} facts
    * @param {{label: string, act: () => void}[]} [actions]
+   * @param {string} [more]  for who points at the line
    */
-  about(facts, actions = []) {
+  about(facts, actions = [], more = "") {
+    this.line.title = more;
     this.line.replaceChildren(
       ...facts.map((fact) => element("span", "", fact)),
       ...actions.map(({ label, act }) => {

@@ -10,7 +10,7 @@ import { Tokenizer } from "./tokenizer.js";
 /**
  * @typedef {"auto" | "webgpu" | "wasm"} EngineChoice
  *
- * @typedef {{type: "load", engine: EngineChoice}
+ * @typedef {{type: "load", engine: EngineChoice, threads: number}
  *   | {type: "ask", text: string, options: import("./generate.js").GenerationOptions}
  *   | {type: "stop"}
  *   | {type: "reset", system: string}
@@ -30,6 +30,7 @@ import { Tokenizer } from "./tokenizer.js";
  */
 
 const LARGEST_FILES = 2 ** 32; // bytes that WebAssembly can address
+const MOST_THREADS = 8;
 const scope = /** @type {DedicatedWorkerGlobalScope} */ (/** @type {unknown} */ (self));
 
 /** @type {Chat | null} */
@@ -41,8 +42,11 @@ function post(reply) {
   scope.postMessage(reply);
 }
 
-/** @param {EngineChoice} choice */
-async function load(choice) {
+/**
+ * @param {EngineChoice} choice
+ * @param {number} threads
+ */
+async function load(choice, threads) {
   const description = await (await fetch("/model.json")).json();
   const tokenizer = new Tokenizer(description);
   const { template: found } = description;
@@ -52,7 +56,7 @@ async function load(choice) {
   }
   const files = await download(description.files, (done, total) => post({ type: "download", done, total }));
   post({ type: "prepare" });
-  const { session, engine, note } = await openSession(files, description, choice);
+  const { session, engine, note } = await openSession(files, description, choice, threads);
   chat = new Chat(session, tokenizer, template, new Set(description.ends));
   post({ type: "ready", engine, note, takesSystem: template !== null && template.takesSystem });
 }
@@ -62,11 +66,12 @@ async function load(choice) {
  * @param {{name: string, data: Uint8Array}[]} files
  * @param {any} description
  * @param {EngineChoice} choice
+ * @param {number} threads  0: as many as are useful
  */
-async function openSession(files, description, choice) {
+async function openSession(files, description, choice, threads) {
   let note = "";
   if (choice !== "wasm") {
-    note = await reasonAgainstGpu(description);
+    note = await reasonAgainstGpu(description, choice === "webgpu");
     if (!note) {
       try {
         const ort = await import("/lib/ort.webgpu.min.mjs");
@@ -80,20 +85,24 @@ async function openSession(files, description, choice) {
     }
   }
   const ort = await import("/lib/ort.wasm.min.mjs");
-  // Only a page that is isolated from others may share memory between threads. Half the processors that a browser
-  // reports are often the other half of a core, which makes nothing quicker here.
-  const threads = scope.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
-  ort.env.wasm.numThreads = threads;
+  // Only a page that is isolated from others may share memory between threads. Half of what a browser counts as
+  // processors are often second halves of cores, which make nothing quicker; and the page needs some of one too.
+  const useful = Math.min(MOST_THREADS, Math.ceil((navigator.hardwareConcurrency || 1) / 2));
+  const used = scope.crossOriginIsolated ? Math.min(threads || useful, MOST_THREADS) : 1;
+  ort.env.wasm.numThreads = used;
   const session = await Session.open(ort, files, "wasm", description.capacity);
-  return { session, engine: `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`, note };
+  return { session, engine: `WebAssembly, ${used} thread${used > 1 ? "s" : ""}`, note };
 }
 
-/** @param {any} description */
-async function reasonAgainstGpu(description) {
+/**
+ * @param {any} description
+ * @param {boolean} anyGpu  also one that is a program, which is right and slow
+ */
+async function reasonAgainstGpu(description, anyGpu) {
   const gpu = /** @type {any} */ (navigator).gpu;
   if (!gpu) return "this browser has no WebGPU";
   const adapter = await gpu.requestAdapter();
-  if (!adapter || adapter.info?.isFallbackAdapter) return "there is no GPU";
+  if (!adapter || (adapter.info?.isFallbackAdapter && !anyGpu)) return "there is no GPU";
   if (description.kvCache === "int8") return "GPUs can't hold an 8-bit KV cache: export with --ops stock for WebGPU";
   if (description.needsF16 && !adapter.features.has("shader-f16")) return "this GPU has no 16-bit floats";
   return "";
@@ -125,7 +134,7 @@ function breath() {
 scope.onmessage = async ({ data }) => {
   const request = /** @type {Request} */ (data);
   try {
-    if (request.type === "load") await load(request.engine);
+    if (request.type === "load") await load(request.engine, request.threads);
     else if (request.type === "ask") await ask(request.text, request.options);
     else if (request.type === "stop") stopped = true;
     else if (request.type === "reset") chat?.reset(request.system);
