@@ -1,60 +1,60 @@
-"""A run's folder, and how it survives being killed.
+"""A run's folder, and the official form of its model.
 
 RUN/run.json             every hyperparameter, the model's shape and its teacher
 RUN/*.tokens             token shards of the training and the held-out text
 RUN/metrics.jsonl        one line per logged step or evaluation
-RUN/state.pt             latents, AdamW moments, step: what an exact resume needs (tensors only, no pickled code)
+RUN/state/STEP/          latents, AdamW moments, step: what an exact resume needs, see state.py
 RUN/model/               the checkpoint in the official form, with its tokenizer: what `fbiedge export` reads
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fbiedge.errors import CheckpointError
-from fbiedge.files import atomic_file
+from fbiedge.errors import OutputError
 from fbiedge.weights import open_checkpoint, write_checkpoint
 
-from .model import Llama, rope_tables
-from .shared_scales import storable_scales
-
-
-def save_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Replace RUN/state.pt at once, so that a kill at any moment leaves the old state or the new one."""
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_file(run / "state.pt") as temporary:
-        torch.save(state, temporary)
-
-
-def load_state(run: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Restore model and optimizer from RUN/state.pt; returns the steps done, 0 where nothing was saved yet.
-
-    Raises CheckpointError for a damaged file.
-    """
-    if not (run / "state.pt").exists():
-        return 0
-    try:
-        state: dict[str, Any] = torch.load(run / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
-    except Exception as error:  # torch raises a dozen types for a damaged file; all mean the same to the user
-        raise CheckpointError(f"{run}/state.pt can't be resumed: {str(error).splitlines()[0]}") from error
+from .model import BinaryLinear, Llama, rope_tables
+from .parallel import agreed, is_first, whole
+from .shared_scales import FOLDED_SCALES, storable_scales
 
 
 def save_model(model: Llama, out: Path, files: Mapping[str, str]) -> None:
-    """Write the official form; `files` are its sidecars (tokenizer.json, ...) by name."""
-    state = model.state_dict()
-    if model.shared_scales:
-        state.update(storable_scales(model))
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]  # the embedding, stored once
-    tensors = ((name, tensor.detach().float().cpu().numpy()) for name, tensor in state.items())
-    write_checkpoint(out, model.config, tensors, files)
+    """Write the official form; `files` are its sidecars (tokenizer.json, ...) by name.
+
+    All processes of a training call this together: process 0 writes, each tensor is gathered when its turn comes.
+    Raises OutputError, and CheckpointError where `model` isn't what its config says.
+    """
+    tensors = _whole_tensors(model)
+    with agreed():
+        if is_first():
+            try:
+                write_checkpoint(out, model.config, tensors, files)
+            except OSError as error:  # one that names a file that is no part of the checkpoint
+                raise OutputError(f"can't write {out}: {error}") from error
+            finally:
+                deque(tensors, maxlen=0)  # where writing failed, the others still gather
+        else:
+            deque(tensors, maxlen=0)
+
+
+def _whole_tensors(model: Llama) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    linears = dict(model.named_modules())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if model.config.tie_word_embeddings and name == "lm_head.weight":
+            continue  # the embedding, stored once
+        tensor = whole(parameter)
+        if model.shared_scales and name.endswith(FOLDED_SCALES):
+            linear = linears[name.removesuffix(".wscale")]
+            assert isinstance(linear, BinaryLinear)
+            tensor = storable_scales(linear, tensor)
+        yield name, tensor.float().numpy()
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Llama:

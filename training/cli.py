@@ -15,6 +15,7 @@ from fbiedge.errors import UsageError
 from fbiedge.weights import open_checkpoint
 
 from .corpus import DataOptions, numbers
+from .parallel import agreed, is_first, joined, spoken_by_first
 from .plan import COLUMN_SHARED, RunPlan, TeacherDtype
 from .prepare import prepare_run
 from .progress import run_with_progress
@@ -131,64 +132,67 @@ def train(
 ) -> None:
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
     teacher (--scaling-pattern none). What no option says is the preset's, else for 1000 short steps on one machine."""
-    console = Console()
-    if resume and init is not None:
-        raise UsageError("--resume goes on from OUT's own weights; leave --init out")
-    if not resume:
-        if not data:
-            raise UsageError("no --data given; name a text file, or what else --help lists")
-        if config is not None and preset_name is not None:
-            raise UsageError("--preset and --config both give the model's shape; leave one out")
-        teacher_folder = None if teacher is None else find_teacher(teacher).resolve()
-        brought = any(folder is not None and (folder / "tokenizer.json").exists() for folder in (teacher_folder, init))
-        if (brought and tokenizer is not None) or ((teacher or init) and special_token):
-            whose = "a student uses its teacher's tokenizer" if teacher else "--init brings its tokenizer along"
-            raise UsageError(f"{whose}; leave --tokenizer and --special-token out")
-        if init is not None and (config is not None or preset_name is not None):
-            raise UsageError("--init gives the model's shape; leave --preset and --config out")
-        patterns = (*get_args(ScalingPattern), COLUMN_SHARED)
-        if scaling_pattern not in patterns:
-            raise UsageError(f"unknown scaling pattern {scaling_pattern!r}; expected one of {', '.join(patterns)}")
-        if (out / "run.json").exists():
-            raise UsageError(f"{out} holds a run already; add --resume to go on with it, or choose another folder")
-        shape = _shape(preset_name, config) if init is None else open_checkpoint(init).config
-        pattern = "column" if scaling_pattern == COLUMN_SHARED else scaling_pattern
-        model = dataclasses.replace(shape, scaling_pattern=cast(ScalingPattern, pattern))
-        if teacher_folder is not None and init is None:
-            model = fitted(model, teacher_facts(teacher_folder))
-        if vocab_size is not None:
-            model = dataclasses.replace(model, vocab_size=vocab_size)
-        given = {
-            "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
-            "sequence_length": sequence_length, "learning_rate": learning_rate,
-            "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
-            "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
-            "one_hot_share": one_hot_share, "loss_chunk": loss_chunk, "loss_jump": loss_jump,
-            "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "compile": compile_model,
-            "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
-            "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
-        }  # fmt: skip
-        recipe, training = resolved(preset_name, init is not None, given)
-        if training.sequence_length > model.max_position_embeddings:
-            raise UsageError(
-                f"sequences of {training.sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
+    console = Console(quiet=not is_first())
+    with agreed(hours=True):
+        if resume and init is not None:
+            raise UsageError("--resume goes on from OUT's own weights; leave --init out")
+        if not resume and is_first():
+            if not data:
+                raise UsageError("no --data given; name a text file, or what else --help lists")
+            if config is not None and preset_name is not None:
+                raise UsageError("--preset and --config both give the model's shape; leave one out")
+            teacher_folder = None if teacher is None else find_teacher(teacher).resolve()
+            brought = any(
+                folder is not None and (folder / "tokenizer.json").exists() for folder in (teacher_folder, init)
             )
-        plan = RunPlan(
-            model=model, training=training, teacher=None if teacher_folder is None else str(teacher_folder),
-            teacher_dtype=cast(TeacherDtype, teacher_dtype or recipe.teacher_dtype), preset=preset_name,
-            init=None if init is None else str(init.resolve()), shared_scales=scaling_pattern == COLUMN_SHARED,
-        )  # fmt: skip
-        options = DataOptions(
-            text_field=text_field, skip_corrupt=skip_corrupt, most_tokens=data_tokens,
-            skip_chunks=recipe.skip_chunks if skip_chunks is None else numbers(skip_chunks),
-        )  # fmt: skip
-        console.print("preparing tokenizer and token shards")
-        told = prepare_run(
-            out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
-            None if chat_template is None else _read(chat_template), None, options,
-        )  # fmt: skip
-        console.print(told, soft_wrap=True)
-        _print_plan(RunPlan.load(out), out, console)
+            if (brought and tokenizer is not None) or ((teacher or init) and special_token):
+                whose = "a student uses its teacher's tokenizer" if teacher else "--init brings its tokenizer along"
+                raise UsageError(f"{whose}; leave --tokenizer and --special-token out")
+            if init is not None and (config is not None or preset_name is not None):
+                raise UsageError("--init gives the model's shape; leave --preset and --config out")
+            patterns = (*get_args(ScalingPattern), COLUMN_SHARED)
+            if scaling_pattern not in patterns:
+                raise UsageError(f"unknown scaling pattern {scaling_pattern!r}; expected one of {', '.join(patterns)}")
+            if (out / "run.json").exists():
+                raise UsageError(f"{out} holds a run already; add --resume to go on with it, or choose another folder")
+            shape = _shape(preset_name, config) if init is None else open_checkpoint(init).config
+            pattern = "column" if scaling_pattern == COLUMN_SHARED else scaling_pattern
+            model = dataclasses.replace(shape, scaling_pattern=cast(ScalingPattern, pattern))
+            if teacher_folder is not None and init is None:
+                model = fitted(model, teacher_facts(teacher_folder))
+            if vocab_size is not None:
+                model = dataclasses.replace(model, vocab_size=vocab_size)
+            given = {
+                "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
+                "sequence_length": sequence_length, "learning_rate": learning_rate,
+                "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
+                "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
+                "one_hot_share": one_hot_share, "loss_chunk": loss_chunk, "loss_jump": loss_jump,
+                "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "compile": compile_model,
+                "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
+                "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
+            }  # fmt: skip
+            recipe, training = resolved(preset_name, init is not None, given)
+            if training.sequence_length > model.max_position_embeddings:
+                raise UsageError(
+                    f"sequences of {training.sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"
+                )
+            plan = RunPlan(
+                model=model, training=training, teacher=None if teacher_folder is None else str(teacher_folder),
+                teacher_dtype=cast(TeacherDtype, teacher_dtype or recipe.teacher_dtype), preset=preset_name,
+                init=None if init is None else str(init.resolve()), shared_scales=scaling_pattern == COLUMN_SHARED,
+            )  # fmt: skip
+            options = DataOptions(
+                text_field=text_field, skip_corrupt=skip_corrupt, most_tokens=data_tokens,
+                skip_chunks=recipe.skip_chunks if skip_chunks is None else numbers(skip_chunks),
+            )  # fmt: skip
+            console.print("preparing tokenizer and token shards")
+            told = prepare_run(
+                out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
+                None if chat_template is None else _read(chat_template), None, options,
+            )  # fmt: skip
+            console.print(told, soft_wrap=True)
+            _print_plan(RunPlan.load(out), out, console)
     report = run_with_progress(out, resume, console)
     if report is None:
         console.print("nothing left to do: the run is complete")
@@ -232,10 +236,11 @@ def _read(path: Path) -> str:
 
 def main(args: list[str]) -> int:
     """Run `fbiedge train ARGS` -> exit code: 0, or STOPPED. Raises FbiEdgeError."""
-    try:
-        code = app(args=args, prog_name="fbiedge train", standalone_mode=False)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's usage errors, whichever copy of click it uses
-            raise
-        raise UsageError(f"{error.format_message()} (see fbiedge train --help)") from error
+    with joined():
+        try:
+            code = app(args=args, prog_name="fbiedge train", standalone_mode=False)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # typer's usage errors, whichever copy of click it uses
+                raise
+            raise spoken_by_first(UsageError(f"{error.format_message()} (see fbiedge train --help)")) from error
     return code if isinstance(code, int) else 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from fbiedge.errors import UsageError
@@ -119,14 +120,23 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Mlp(config)
+        self.recompute = False  # backward, instead of keeping what lies between input and output
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.compute, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self.compute(x, cos, sin)
+
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x

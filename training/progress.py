@@ -17,12 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fbiedge.files import atomic_file
 
 from .model import Llama
+from .parallel import is_first
 from .run import RunPlan, execute_run
 from .trainer import StepReport
 
 
 def run_with_progress(run: Path, resume: bool, console: Console, log_every: int = 10) -> StepReport | None:
-    """Execute a prepared run, showing loss, tok/s and time left; returns the last report, None if nothing was left to do."""
+    """Execute a prepared run, showing loss, tok/s and time left; returns the last report, None if nothing was left to do.
+
+    Of several processes only the first shows anything and writes RUN/metrics.jsonl.
+    """
+    if not is_first():
+        console = Console(quiet=True)
 
     def announce(model: Llama, plan: RunPlan) -> None:
         count = sum(p.numel() for p in model.parameters())
@@ -40,13 +46,14 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
 
     total = RunPlan.load(run).training.steps
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    report = None
+    report, metrics = None, None
     with Progress(*columns, console=console) as progress, ExitStack() as files:
         task = None
         stop = files.enter_context(stop_requests())
         for report in execute_run(run, resume, announce, stop):
             if task is None:
-                metrics = files.enter_context(open(_forget_from(run / "metrics.jsonl", report.step), "a"))
+                if is_first():
+                    metrics = files.enter_context(open(_forget_from(run / "metrics.jsonl", report.step), "a"))
                 task = progress.add_task("training", total=total, completed=report.step - 1)
             progress.update(
                 task,
@@ -58,7 +65,7 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
                     f"step {report.step}: loss {report.loss:.3f}, held-out {report.eval_loss:.3f} nats/token "
                     f"(perplexity {math.exp(report.eval_loss):.2f}), {report.tokens / 1e6:.2f}M tokens"
                 )
-            if report.step % log_every == 0 or report.eval_loss is not None:
+            if metrics is not None and (report.step % log_every == 0 or report.eval_loss is not None):
                 metrics.write(json.dumps(asdict(report)) + "\n")
                 metrics.flush()
     if report is not None and report.step < total:

@@ -13,6 +13,7 @@ from .plan import COLUMN_SHARED, RunPlan
 from .prepare import check_teacher, open_batches, prepare_run
 from .shared_scales import share_scales
 from .start import start_from
+from .state import has_state
 from .teacher import load_teacher, teacher_facts
 from .trainer import StepReport, train
 
@@ -32,7 +33,7 @@ def execute_run(
         check_teacher(teacher_facts(Path(plan.teacher)), plan)
         teacher = cast(Llama, load_teacher(Path(plan.teacher), plan.teacher_dtype))  # or one that is used alike
     training = plan.training
-    if plan.init is None or (resume and (run / "state.pt").exists()):
+    if plan.init is None or (resume and has_state(run)):
         model = Llama(plan.model).initialize(training.seed)
     else:
         model = start_from(Path(plan.init), plan.model.scaling_pattern)

@@ -20,6 +20,7 @@ from .model import Attention, BinaryLinear, Llama, Mlp
 # would be lost in an fp16 KV cache, while its beta, divided by alpha, would grow; and 2^-10 of the largest is but twice
 # what rounding that one to fp16 may change.
 SMALLEST_SHARE = 2.0**-10
+FOLDED_SCALES = ("o_proj.wscale", "down_proj.wscale")
 
 
 @torch.no_grad()
@@ -55,21 +56,17 @@ def share_scales(model: Llama) -> None:
     model.shared_scales = True
 
 
-def storable_scales(model: Llama) -> dict[str, Tensor]:
-    """The `wscale`s of o_proj and down_proj as they are stored, by name.
+def storable_scales(linear: BinaryLinear, wscale: Tensor) -> Tensor:
+    """The `wscale` [1, K] of an o_proj or a down_proj (FOLDED_SCALES) as it is stored.
 
     They become the `d` of GGUF's blocks, which is fp16. Rounding them in the checkpoint instead of in the export makes
     both hold one model. It changes an alpha by 2^-11 of itself at most (or to SMALLEST_SHARE of the largest), where
     training in bf16 rounds W_eff to 2^-8; the training state keeps all digits.
     """
-    stored = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BinaryLinear) and name.endswith(("o_proj", "down_proj")):
-            alpha = module.scales().detach()
-            floor = SMALLEST_SHARE * alpha.abs().max()
-            sign = torch.where(alpha >= 0, 1.0, -1.0)
-            stored[f"{name}.wscale"] = (sign * alpha.abs().clamp(min=floor)).half().float()
-    return stored
+    alpha = wscale if linear.scale_index is None else wscale[:, linear.scale_index.to(wscale.device)]
+    floor = SMALLEST_SHARE * alpha.abs().max()
+    sign = torch.where(alpha >= 0, 1.0, -1.0)
+    return (sign * alpha.abs().clamp(min=floor)).half().float()
 
 
 def _binary(module: nn.Module) -> BinaryLinear:

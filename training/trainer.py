@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,14 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from fbiedge.errors import DivergedError
-
-from .checkpoint import load_state, save_model, save_state
+from .checkpoint import save_model
 from .config import TrainConfig
 from .data import Batches
+from .divergence import LossWatch
 from .loss import Losses, head_losses
-from .model import Llama
+from .model import DecoderLayer, Llama
+from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, team
+from .state import RunState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,12 @@ def train(
 ) -> Iterator[StepReport]:
     """Train `model` against `teacher` (distillation) or against the next token (no teacher), yielding after each step.
 
-    Writes RUN/state.pt and RUN/model every `checkpoint_every` steps, at the end, and when `stop()` ends the run after
-    a step. Raises DivergedError.
+    Writes RUN/state and RUN/model every `checkpoint_every` steps, at the end, and when `stop()` ends the run after a
+    step. Of several processes (see parallel.py) each calls this with the same arguments and gets the same reports.
+    Raises DivergedError, OutputError.
     """
+    here = team()
+    objective = Objective(here, model, teacher, config)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -58,50 +62,43 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    # Shapes never change during a run, so each graph is compiled once; measured 1.5x on two cores.
-    features = torch.compile(model.features) if config.compile else model.features
-    guide = None if teacher is None else torch.compile(teacher.features) if config.compile else teacher.features
-    first = load_state(run, model, optimizer) if resume else 0
+    watch = LossWatch(config.loss_jump, config.loss_jump_steps)
+    state = RunState(run, model, optimizer, watch, here, config.async_checkpoint)
+    if not resume:
+        state.forget()
     tokens_per_step = config.batch_size * config.sequence_length
-    for step in range(first, config.steps):
+    for step in range(state.load(), config.steps):
         started = time.perf_counter()
-        ids, targets = (torch.from_numpy(array) for array in batches.batch(step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            guided = None
-            if teacher is not None and guide is not None:
-                with torch.no_grad():
-                    guided = guide(ids), teacher.lm_head.weight
-            losses = head_losses(
-                features(ids), model.lm_head.weight, targets, teacher=guided, one_hot_share=config.one_hot_share,
-                chunk=config.loss_chunk,
-            )  # fmt: skip
-        loss = losses.loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = objective.backward(batches, step)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
-            raise DivergedError(
-                f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}; "
-                f"the last saved state in {run} is intact, start again with a lower learning rate"
-            )
+        norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        loss, one_hot, distillation, stops = here.mean(torch.cat((parts, parts.new_tensor([stop()]))))
+        if problem := watch.see(step + 1, loss, norm):
+            state.finish()
+            raise spoken_by_first(problem)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         done = step + 1
-        last = done == config.steps
-        eval_loss = evaluate(features, model, held_out, config) if last or done % config.eval_every == 0 else None
-        stopping = stop()
-        if last or stopping or done % config.checkpoint_every == 0:
-            save_state(run, model, optimizer, done)
-            save_model(model, run / "model", files)
+        stopping = stops > 0  # anywhere: all stop after the same step
+        last = done == config.steps or stopping
+        evaluating = done == config.steps or done % config.eval_every == 0
+        eval_loss = objective.evaluate(held_out) if evaluating else None
+        if last or (done % config.checkpoint_every == 0 and watch.is_calm):
+            state.save(done)
+            if last:
+                state.finish()
+            if last or not config.async_checkpoint:
+                save_model(model, run / "model", files)
         yield StepReport(
             step=done,
-            loss=loss.item(),
-            one_hot_loss=losses.one_hot.item(),
-            distillation_loss=None if losses.distillation is None else losses.distillation.item(),
+            loss=loss,
+            one_hot_loss=one_hot,
+            distillation_loss=distillation if teacher is not None else None,
             learning_rate=config.learning_rate_at(step),
-            grad_norm=grad_norm.item(),
+            grad_norm=norm,
             tokens=done * tokens_per_step,
             tokens_per_second=tokens_per_step / seconds,
             eval_loss=eval_loss,
@@ -110,12 +107,67 @@ def train(
             return
 
 
-@torch.no_grad()
-def evaluate(features: Callable[[Tensor], Tensor], model: Llama, held_out: Batches, config: TrainConfig) -> float:
-    """Mean next-token loss in nats over `eval_sequences` windows of the held-out shard, always the same ones."""
-    losses: list[Losses] = []
-    for step in range(-(-config.eval_sequences // held_out.batch_size)):
-        ids, targets = (torch.from_numpy(array) for array in held_out.batch(step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            losses.append(head_losses(features(ids), model.lm_head.weight, targets, chunk=config.loss_chunk))
-    return torch.stack([loss.one_hot for loss in losses]).mean().item()
+class Objective:
+    """The loss of a batch whose rows all processes share, and its gradients. Prepares both models for it, in place."""
+
+    def __init__(self, here: Team, model: Llama, teacher: Llama | None, config: TrainConfig) -> None:
+        self.here, self.config = here, config
+        self.rows = here.rows(config.batch_size)
+        self.model = place(ready(model, config), here)
+        self.teacher = None if teacher is None else place(ready(freeze(teacher, config.bf16), config), here)
+
+    def backward(self, batches: Batches, step: int) -> Tensor:
+        """Add up the gradients of one batch; returns this process's share of loss, one-hot and distillation, fp64 [3].
+
+        Shares and micro batches are means over equally long sequences, so that their means weighted by their rows, and
+        the mean over processes that gradients get from FSDP, are those of the whole batch. Each micro batch's gradients
+        are reduced at once: kept until the last, they would take the memory of a whole model, which is what's short.
+        """
+        total = torch.zeros(3, dtype=torch.float64, device=self.here.device)
+        for share, ids, targets in self._micro_batches(batches, step):
+            losses = self._losses(ids, targets, self.teacher)
+            (losses.loss * share).backward()  # type: ignore[no-untyped-call]
+            distillation = losses.one_hot if losses.distillation is None else losses.distillation
+            total += share * torch.stack((losses.loss, losses.one_hot, distillation)).detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, held_out: Batches) -> float:
+        """Mean next-token loss in nats over `eval_sequences` windows of the held-out shard, always the same ones."""
+        steps = -(-self.config.eval_sequences // held_out.batch_size)
+        losses = [
+            share * self._losses(ids, targets, None).one_hot
+            for step in range(steps)
+            for share, ids, targets in self._micro_batches(held_out, step)
+        ]
+        return self.here.mean((torch.stack(losses).double().sum() / steps)[None])[0]
+
+    def _losses(self, ids: Tensor, targets: Tensor, teacher: Llama | None) -> Losses:
+        with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.config.bf16):
+            guided = None
+            if teacher is not None:
+                with torch.no_grad():
+                    guided = teacher.features(ids), teacher.lm_head.weight
+            return head_losses(
+                self.model.features(ids), self.model.lm_head.weight, targets, teacher=guided,
+                one_hot_share=self.config.one_hot_share, chunk=self.config.loss_chunk,
+            )  # fmt: skip
+
+    def _micro_batches(self, batches: Batches, step: int) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """This process's rows of a batch in parts, each with its share of those rows."""
+        ids, targets = (torch.from_numpy(rows).to(self.here.device) for rows in batches.batch(step, self.rows))
+        size = self.config.micro_batch_size or len(ids)
+        for part in range(0, len(ids), size):
+            rows = slice(part, part + size)
+            yield len(ids[rows]) / len(ids), ids[rows], targets[rows]
+
+
+def ready(model: Model, config: TrainConfig) -> Model:
+    """Set how `model`'s layers compute. Compiled one by one, they are one graph that all of them use."""
+    for layer in decoder_layers(model):
+        if isinstance(layer, DecoderLayer):
+            layer.recompute = config.activation_checkpointing
+        if config.compile:
+            computed = "compute" if isinstance(layer, DecoderLayer) else "forward"
+            setattr(layer, computed, torch.compile(getattr(layer, computed)))
+    return model

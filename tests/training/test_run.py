@@ -28,6 +28,7 @@ from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.shards import open_shards
+from fbiedge.training.state import saved_states
 from fbiedge.weights import open_checkpoint
 
 
@@ -111,7 +112,7 @@ def test_a_signal_saves_and_ends_the_run(number: int, text: Path, tmp_path: Path
         printed, _ = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "go on with --resume" in printed.replace("\n", " ") and "Traceback" not in printed
-    assert (tmp_path / "run" / "state.pt").exists() and open_checkpoint(tmp_path / "run" / "model")
+    assert len(saved_states(tmp_path / "run")) == 1 and open_checkpoint(tmp_path / "run" / "model")
 
 
 def test_one_text_without_markers_is_enough(tmp_path: Path) -> None:
@@ -224,9 +225,10 @@ def test_a_damaged_state_is_refused(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     prepare_run(run, RunPlan(model=model_config("row"), training=training_config(steps=10), teacher=None), [text], [])
     list(execute_run(run))
-    state = run / "state.pt"
-    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="state.pt can't be resumed"):
+    [state] = saved_states(run)
+    data = state / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="state/00000010 can't be resumed"):
         list(execute_run(run, resume=True))
 
 

@@ -1,0 +1,208 @@
+"""One training on many processes: who they are, how they share a model, and how they agree.
+
+A process learns its place from the environment that torchrun or Slurm sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT). Without WORLD_SIZE there is one process, nothing here communicates, and a model stays an ordinary module.
+Otherwise each decoder layer's parameters are spread over all processes (FSDP2) and gathered only while it computes.
+
+Processes wait for each other at every step, so none may leave alone: what fails in one is raised in all (`agreed`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from fbiedge.errors import FbiEdgeError, UsageError
+
+from .model import BinaryLinear, Llama
+
+# Tokenising a corpus takes one process hours, while the others wait; should it die, they hear of it at once.
+_PATIENCE = timedelta(days=7)
+
+
+class ElsewhereError(FbiEdgeError):
+    """An error that process 0 reports: this process ends with the same exit code and prints nothing."""
+
+    def __init__(self, error: FbiEdgeError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """The processes of this training, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def rows(self, batch_size: int) -> slice:
+        """This process's rows of a batch. Raises UsageError where they can't be shared out evenly."""
+        if batch_size % self.size:
+            raise UsageError(
+                f"a batch of {batch_size} sequences can't be shared by {self.size} processes; make it a multiple of that"
+            )
+        share = batch_size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def mean(self, values: Tensor) -> list[float]:
+        """The mean over all processes of each entry of fp64 `values`, the same everywhere."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return [float(value) for value in values.tolist()]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.mean(torch.zeros(1, dtype=torch.float64, device=self.device))
+
+
+def team() -> Team:
+    """The processes that `joined` brought together; else this process alone, on an accelerator where there is one."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        return Team(rank=0, size=1, device=torch.device("cuda" if cuda else "cpu"))
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return Team(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes what is written once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the other processes of the launch, and part from them; nothing to do for one process.
+
+    Inside, an error that process 0 reports ends this one silently, and a connection that breaks becomes a FbiEdgeError.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        # gloo beside nccl: errors, stops and checkpoints are agreed between the hosts.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        yield
+        team().wait()
+        # The first process to exit with a code of its own makes torchrun end the others, who are about to do the same.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dist.destroy_process_group()
+    except ElsewhereError as error:
+        raise SystemExit(error.exit_code) from error
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise lost_connection(error) from error
+
+
+def lost_connection(error: BaseException) -> FbiEdgeError:
+    """What this process can say when another one is gone."""
+    place = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
+    reason = str(error).splitlines()[0].rpartition("] ")[2].rstrip(". ")
+    return FbiEdgeError(
+        f"{place} ends, because another one ended or can't be reached ({reason}); see that one's message, then add "
+        "--resume to go on from the last checkpoint"
+    )
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def spoken_by_first(error: FbiEdgeError) -> FbiEdgeError:
+    """`error`, which all processes are about to raise, in the form in which one line is printed."""
+    return error if is_first() else ElsewhereError(error)
+
+
+@contextmanager
+def agreed(hours: bool = False) -> Iterator[None]:
+    """All processes leave the block together; a FbiEdgeError in any of them is raised in all.
+
+    hours: one of them may be at work that long, such as process 0 preparing a run (`if is_first()`).
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if hours else None
+    mine: FbiEdgeError | None = None
+    try:
+        yield
+    except FbiEdgeError as error:
+        mine = error
+    errors: list[FbiEdgeError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, mine, group=group)
+    if hours:
+        dist.destroy_process_group(group)
+    for theirs in errors:
+        if theirs is not None:
+            raise spoken_by_first(theirs) from mine
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def place(model: Model, where: Team) -> Model:
+    """Move `model` to the team's devices, in place: whole for one process, else spread over all, layer by layer.
+
+    Gathered parameters and reduced gradients are fp32; autocast rounds operands to bf16 in each product, just as in one
+    process. A gather in bf16 would halve the traffic, but round scales and embeddings that one process doesn't round.
+    """
+    if where.size == 1:
+        return model.to(where.device)
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(where.device.type, (where.size,))
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    # What remains, embedding, last norm and head, is gathered by `features` and stays for the loss, which needs the head.
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "features")
+    return model
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The longest list of modules in it, which of a causal language model are its layers."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def freeze(teacher: Model, bf16: bool) -> Model:
+    """Make `teacher` as small as it computes, in place: no gradients, and our own's products' weights in bf16 already.
+
+    Autocast would round the same weights at every step, so nothing changes but time and memory. A binary teacher's
+    linears become ordinary ones with its W_eff, once.
+    """
+    teacher.eval().requires_grad_(False)
+    if not isinstance(teacher, Llama):
+        return teacher
+    for module in list(teacher.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BinaryLinear):
+                dense = child.effective_weight()  # [N, K]
+                child = nn.Linear(dense.shape[1], dense.shape[0], bias=False, device="meta")
+                child.weight = nn.Parameter(dense, requires_grad=False)
+                setattr(module, name, child)
+            tied = child is teacher.lm_head and teacher.config.tie_word_embeddings
+            if bf16 and isinstance(child, nn.Linear) and not tied:
+                child.to(torch.bfloat16)
+    return teacher
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` with all its parts, on the CPU; all processes must call this together."""
+    full = tensor.detach()
+    return (full.full_tensor() if isinstance(full, DTensor) else full).cpu()
