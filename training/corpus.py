@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from tokenizers import Tokenizer
 
@@ -28,15 +26,14 @@ from fbiedge.errors import FbiEdgeError, UsageError
 from fbiedge.files import atomic_file
 
 from .documents import encode, ids_dtype, split_held_out
-from .records import Corrupt, samples
-from .shards import SHARD_TOKENS, SUFFIX, Ids, Shard, ShardWriter, open_shard, open_shards
+from .records import Corrupt
+from .sample_shards import write_sample_shards
+from .shards import SHARD_TOKENS, SUFFIX, Shard, ShardWriter, open_shard, open_shards, remove_shards
 from .sources import Sources, open_sources
 from .tokenizer import BOS, EOS, read_tokenizer
 
 PARTS = {"train": "training text", "held_out": "held-out text"}
 MANIFEST = "data.json"
-SHARD_TOKENS_OF_SAMPLES = 1 << 33  # a chunk of Amber, 3.5 billion, is one shard
-_MOST_HELD_OUT_SAMPLES = 512  # one million tokens of Amber; its chunks have 1.7 million samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +71,9 @@ def write_corpus(
     """Write `data` into `folder`; returns data.json's contents.
 
     Without `held_out`: of texts every 50th document is held out, of samples the last 2 % or 512 of the last source.
-    Raises UsageError. What an earlier, unfinished attempt left is removed.
+    Raises UsageError. What an earlier, unfinished attempt left is removed, or used where samples note it as done.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
-    for part in PARTS:
-        for old in [*(folder / part).glob(f"*{SUFFIX}"), *(folder / part).glob(f"*{SUFFIX}.json")]:
-            old.unlink()
     written: dict[str, list[int]] = {}
     if data.shards is None:
         written["train"], written["held_out"] = _write(folder, data, held_out is None, vocabulary, options, corrupt)
@@ -131,9 +125,13 @@ def _write(
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Tokens of each shard of `into` and, where `hold_out`, of held_out."""
     if data.samples:
-        return _write_samples(folder, data, hold_out, vocabulary, options, corrupt, into)
+        kept_in = folder / "held_out" if hold_out else None
+        return write_sample_shards(folder / into, kept_in, data.samples, vocabulary.size, corrupt, options.most_tokens)
     tokenizer = vocabulary.tokenizer
     assert tokenizer is not None
+    remove_shards(folder / into)
+    if hold_out:
+        remove_shards(folder / "held_out")
     bos, eos = vocabulary.bos, vocabulary.eos
     dtype = ids_dtype(tokenizer, bos, eos)
     documents = data.documents(corrupt)
@@ -154,35 +152,6 @@ def _write(
             train.add(ids)
             if options.most_tokens is not None and sum(train.written) >= options.most_tokens:
                 break
-    return train.written, kept.written
-
-
-def _write_samples(
-    folder: Path, data: Sources, hold_out: bool, vocabulary: Vocabulary, options: DataOptions, corrupt: Corrupt,
-    into: str,
-) -> tuple[list[int], list[int]]:  # fmt: skip
-    """As _write. Each source begins a shard: its samples are shuffled among themselves."""
-    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-    with (
-        ShardWriter(folder / into, dtype, shard_tokens=SHARD_TOKENS_OF_SAMPLES) as train,
-        ShardWriter(folder / "held_out", dtype, shard_tokens=SHARD_TOKENS_OF_SAMPLES) as kept,
-    ):
-        for source in data.samples:
-            latest, count = deque[Ids](), 0  # latest: may be held out
-            most = _MOST_HELD_OUT_SAMPLES if hold_out and source is data.samples[-1] else 0
-            for ids in samples(source, vocabulary.size, corrupt):
-                train.sample_length = kept.sample_length = ids.size
-                latest.append(ids)
-                count += 1
-                if len(latest) > most:
-                    train.add(latest.popleft())
-                if options.most_tokens is not None and sum(train.written) >= options.most_tokens:
-                    break
-            while len(latest) > min(most, max(1, count // 50)):
-                train.add(latest.popleft())
-            for ids in latest:
-                kept.add(ids)
-            train.end_shard()
     return train.written, kept.written
 
 

@@ -13,7 +13,7 @@ preparation leaves only whole ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +47,9 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
     A shard ends between two calls of `add` and appears when it is whole.
     """
 
-    def __init__(
-        self, folder: Path, dtype: npt.DTypeLike, sample_length: int = 0, shard_tokens: int = SHARD_TOKENS
-    ) -> None:
-        self.folder, self.dtype, self.sample_length, self.shard_tokens = folder, dtype, sample_length, shard_tokens
+    def __init__(self, folder: Path, dtype: npt.DTypeLike, shard_tokens: int = SHARD_TOKENS, prefix: str = "") -> None:
+        self.folder, self.dtype, self.shard_tokens, self.prefix = folder, dtype, shard_tokens, prefix
+        self.sample_length = 0  # of the shards that begin from now on
         self.written: list[int] = []  # ids of each shard
         self._open = ExitStack()
         self._add: Callable[[Ids], int] | None = None
@@ -58,7 +57,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
     def add(self, ids: Ids) -> None:
         """Append `ids` [any]. Raises OutputError."""
         if self._add is None:
-            path = self.folder / f"{len(self.written):05}{SUFFIX}"
+            path = self.folder / f"{self.prefix}{len(self.written):05}{SUFFIX}"
             self._add = self._open.enter_context(_new_shard(path, self.dtype, self.sample_length))
             self.written.append(0)
         self.written[-1] = self._add(ids)
@@ -110,6 +109,13 @@ def open_shards(folder: Path) -> list[Shard]:
     if numbered and (missing := sorted(set(range(max(numbered))) - set(numbered))):
         raise UsageError(f"{folder} lacks the shard {missing[0]:05}{SUFFIX}; copy it there or make the shards again")
     return [open_shard(folder / name) for name in names]
+
+
+def remove_shards(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove the shards of `folder`, except where the name begins with one of `but`."""
+    for path in folder.glob(f"*{SUFFIX}*"):
+        if path.name[0] != "." and not path.name.startswith(tuple(but)):
+            path.unlink()
 
 
 def header_path(path: Path) -> Path:

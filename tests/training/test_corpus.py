@@ -19,6 +19,7 @@ from fbiedge.training.corpus import DataOptions, Vocabulary, open_part, write_co
 from fbiedge.training.data import Batches
 from fbiedge.training.records import Corrupt
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
+from fbiedge.training.sample_shards import write_sample_shards
 from fbiedge.training.shards import Shard, ShardWriter, open_shards
 from fbiedge.training.sources import open_sources
 
@@ -30,7 +31,8 @@ def tokenizer(teacher: Path) -> Tokenizer:
 
 def random_shards(folder: Path, sizes: list[int], sample_length: int = 0) -> list[Shard]:
     """Shards whose ids are all different: 0, 1, 2, ..."""
-    with ShardWriter(folder, np.uint32, sample_length) as writer:
+    with ShardWriter(folder, np.uint32) as writer:
+        writer.sample_length = sample_length
         start = 0
         for size in sizes:
             writer.add(np.arange(start, start + size, dtype=np.uint32))
@@ -140,6 +142,33 @@ def test_amber_chunks_are_shards_of_samples(tmp_path: Path) -> None:
         json.loads(line)["token_ids"] for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()
     ]
     assert np.concatenate([shard.tokens for shard in (*train, *kept)]).reshape(-1, 33).tolist() == rows
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sources_are_written_by_any_number_of_processes_and_once(processes: int, tmp_path: Path) -> None:
+    folder = amber(tmp_path / "amber", 3)
+    broken = folder / "train_001.jsonl"
+    good = broken.read_text()
+    broken.write_text(good + "{\n")
+    into, kept = tmp_path / "c" / "train", tmp_path / "c" / "held_out"
+    sources = open_sources([folder], Corrupt()).samples
+    with raises_line(UsageError, "train_001.jsonl: line 61 is not JSON"):
+        write_sample_shards(into, kept, sources, 300, Corrupt(), processes=processes)
+    first = into / "00000-00000.tokens"
+    written = first.stat().st_ino
+    broken.write_text(good)
+    tokens = write_sample_shards(into, kept, sources, 300, Corrupt(), processes=processes)
+    assert first.stat().st_ino == written  # it was done
+    assert tokens == ([1980, 1980, 1947], [33])
+    rows = [
+        json.loads(line)["token_ids"] for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()
+    ]
+    together = np.concatenate([shard.tokens for shard in (*open_shards(into), *open_shards(kept))])
+    assert together.reshape(-1, 33).tolist() == rows
+    assert not list(into.glob(".*"))
+
+    fewer = write_sample_shards(into, kept, sources[:1], 300, Corrupt(), most_tokens=330)
+    assert fewer == ([297], [33]) and [path.name for path in into.glob("*.tokens")] == ["00000-00000.tokens"]
 
 
 def test_a_run_on_amber_resumes_in_the_middle_of_a_shard(teacher: Path, tmp_path: Path) -> None:
