@@ -26,15 +26,16 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from fbiedge.config import ModelConfig
+from fbiedge.config import preset
 from fbiedge.errors import FbiEdgeError, UsageError
 
 from .checkpoint import load_model
 from .cli import STOPPED
-from .config import TrainConfig
 from .evaluation import held_out_loss
+from .plan import RunPlan
+from .prepare import prepare_run
 from .progress import run_with_progress
-from .run import RunPlan, prepare_run
+from .recipes import RECIPES
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -53,14 +54,8 @@ HELD_OUT_STORIES = "corpora/tinystories/valid_sample_794k.txt.xz"  # 0.3 % of th
 HELD_OUT_DIALOGUES = 60  # the last ones
 SEED = 11111
 
-MODEL = ModelConfig(
-    vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=64, max_position_embeddings=512, scaling_pattern="column",
-)  # fmt: skip
-TRAINING = TrainConfig(
-    steps=1, batch_size=8, sequence_length=512, learning_rate=2e-3, warmup_steps=100, seed=SEED, compile=True,
-    checkpoint_every=100, eval_every=200, eval_sequences=64,
-)  # fmt: skip
+MODEL = preset("small")
+TRAINING = replace(RECIPES["small"].training, compile=True)
 # After 0.2M tokens peaks of 5e-4, 1e-3 and 2e-3 had cost 0.005, 0.021 and 0.048 nats of held-out loss against the start:
 # the higher, the more is forgotten first. 1e-3 leaves a longer run room to gain; its end at 2e-5 settles the signs.
 FINE_TUNE = replace(
