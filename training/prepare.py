@@ -133,9 +133,7 @@ def _choose_tokenizer(
         chosen = read_tokenizer(files[0])
         for other in files[1:]:
             if read_tokenizer(other).get_vocab() != chosen.get_vocab():
-                raise UsageError(
-                    f"{other} and {files[0]} are different tokenizers; distillation needs the same one"
-                )
+                raise UsageError(f"{other} and {files[0]} are different tokenizers; distillation needs the same one")
     elif folders or not data.texts:
         lacking = folders[0] if folders else "data of token ids"
         raise UsageError(f"{lacking} has no tokenizer.json; name its tokenizer with --tokenizer")

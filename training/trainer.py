@@ -18,6 +18,7 @@ from .divergence import LossWatch
 from .loss import Losses, head_losses
 from .model import DecoderLayer, Llama
 from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, team
+from .quantized_head import quantized
 from .state import RunState
 
 
@@ -148,8 +149,9 @@ class Objective:
             if teacher is not None:
                 with torch.no_grad():
                     guided = teacher.features(ids), teacher.lm_head.weight
+            features = self.model.features(ids)  # gathers the head too
             return head_losses(
-                self.model.features(ids), self.model.lm_head.weight, targets, teacher=guided,
+                features, quantized(self.model.lm_head.weight, self.config.head), targets, teacher=guided,
                 one_hot_share=self.config.one_hot_share, chunk=self.config.loss_chunk,
             )  # fmt: skip
 
