@@ -1,7 +1,7 @@
 """A run's folder, and the official form of its model.
 
 RUN/run.json             every hyperparameter, the model's shape and its teacher
-RUN/*.tokens             token shards of the training and the held-out text
+RUN/train/, held_out/    token shards of the training and the held-out text, see corpus.py
 RUN/metrics.jsonl        one line per logged step or evaluation
 RUN/state/STEP/          latents, AdamW moments, step: what an exact resume needs, see state.py
 RUN/model/               the checkpoint in the official form, with its tokenizer: what `fbiedge export` reads

@@ -55,10 +55,9 @@ def find_teacher(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*described, "*.bin"]))
     except Exception as error:  # of the network, the hub and the disk
-        why = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise UsageError(
-            f"there is no folder {name}, and the Hugging Face hub didn't give it ({why}); "
-            "get the model on another way and name its folder"
+            f"there is no folder {name}, and the Hugging Face hub didn't give it ({_first_line(error)}); "
+            "get the model some other way and name its folder"
         ) from error
     return folder
 
@@ -73,12 +72,16 @@ def teacher_facts(folder: Path) -> TeacherFacts:
             vocab_size=config.vocab_size, positions=config.max_position_embeddings, bos=config.bos_token_id,
             eos=config.eos_token_id, is_llama=True,
         )  # fmt: skip
-    config = _transformers(folder, raw).AutoConfig.from_pretrained(folder)
-    eos = getattr(config, "eos_token_id", None)
-    return TeacherFacts(
-        vocab_size=config.vocab_size, positions=getattr(config, "max_position_embeddings", None) or 1 << 30,
-        bos=getattr(config, "bos_token_id", None), eos=eos[0] if isinstance(eos, list) else eos, is_llama=False,
-    )  # fmt: skip
+    auto = _transformers(folder, raw).AutoConfig
+    try:
+        config = auto.from_pretrained(folder).get_text_config()
+        eos = config.eos_token_id
+        return TeacherFacts(
+            vocab_size=config.vocab_size, positions=getattr(config, "max_position_embeddings", None) or 1 << 30,
+            bos=config.bos_token_id, eos=eos[0] if isinstance(eos, list) else eos, is_llama=False,
+        )  # fmt: skip
+    except Exception as error:  # of whatever the architecture's own code finds
+        raise CheckpointError(f"{folder}: transformers can't read its config.json ({_first_line(error)})") from error
 
 
 def fitted(model: ModelConfig, teacher: TeacherFacts) -> ModelConfig:

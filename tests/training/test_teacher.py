@@ -159,6 +159,16 @@ def test_what_is_no_teacher_is_one_line(tmp_path: Path) -> None:
         load_teacher(tmp_path / "torn", "fp32")
 
 
+@pytest.mark.parametrize("kind", ["nothing-known", "clip", "qwen3"])
+def test_a_config_that_describes_no_language_model_is_one_line(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": "many"}))
+    with pytest.raises(CheckpointError, match="transformers can't (read|load)") as caught:
+        teacher_facts(tmp_path)
+        load_teacher(tmp_path, "fp32")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_name_that_the_hub_does_not_give_is_one_line() -> None:
     pytest.importorskip("huggingface_hub")
     code = (
