@@ -36,7 +36,7 @@ def train(
         list[str] | None,
         typer.Option(
             help="Text or JSONL file, folder of Amber chunks, of such files or of token shards, Hugging Face dataset "
-            "(folder, or hf:NAME[@CONFIG][:SPLIT]); repeat for more."
+            "(folder, or hf:NAME\\[@CONFIG][:SPLIT]); repeat for more."
         ),
     ] = None,
     held_out: Annotated[
@@ -194,7 +194,7 @@ def train(
                 out, plan, data, held_out or [], tokenizer, tuple(special_token or ()),
                 None if chat_template is None else _read(chat_template), None, options,
             )  # fmt: skip
-            console.print(told, soft_wrap=True)
+            console.print(told, soft_wrap=True, markup=False)
             _print_plan(RunPlan.load(out), out, console)
     report = run_with_progress(out, resume, console)
     if report is None:
@@ -217,8 +217,8 @@ def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:
     """The resolved hyperparameters, as they are stored."""
     for title, values in (("training", plan.training.to_dict()), ("model", plan.model.to_dict())):
         shown = "  ".join(f"{name}={value}" for name, value in values.items() if isinstance(value, str | int | float))
-        console.print(f"{title}: {shown}", highlight=False)
-    console.print(f"all of it: {out / 'run.json'}", soft_wrap=True)
+        console.print(f"{title}: {shown}", highlight=False, markup=False)
+    console.print(f"all of it: {out / 'run.json'}", soft_wrap=True, markup=False)
 
 
 def _shape(preset_name: str | None, config: Path | None) -> ModelConfig:

@@ -70,7 +70,7 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Write `data` into `folder`; returns data.json's contents.
 
-    Without `held_out`: of texts every 50th document is held out, of samples the last 2 % or 512 of the last source.
+    Without `held_out`: of texts every 50th document is held out, of samples the last 2 % or 2048 of the last source.
     Raises UsageError. What an earlier, unfinished attempt left is removed, or used where samples note it as done.
     """
     (folder / MANIFEST).unlink(missing_ok=True)

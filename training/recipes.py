@@ -15,8 +15,8 @@ Steps are the length of their schedule: 360 chunks of 1,706,976 samples, each ch
 
 Not fixed by paper or code, so ours: 13b is a shape without a launch line, here with the batch of 7b; the teacher is held in
 bf16 (theirs in fp32, its products in bf16 all the same); the permutation within a chunk comes from (seed, chunk) instead of
-numpy's global state; step 1 has a 2000th of the peak, theirs none; saves come every 500 steps instead of once a chunk, and
-256 sequences are held out to be watched.
+numpy's global state; step 1 has a 2000th of the peak, theirs none; saves come every 500 steps instead of once a chunk, and a
+batch or so is held out to be watched.
 
 `tiny` is for tests and a first try, `small` is the body of the bundled model (default_model.py): both for one machine.
 """
@@ -48,7 +48,7 @@ class Recipe:
 _PUBLISHED = TrainConfig(
     steps=1, batch_size=1024, micro_batch_size=32, sequence_length=2048, learning_rate=3e-4, min_learning_rate_ratio=0.1,
     warmup_steps=2000, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0, one_hot_share=0.0, seed=11111, bf16=True,
-    activation_checkpointing=True, checkpoint_every=500, eval_every=500, eval_sequences=256,
+    activation_checkpointing=True, checkpoint_every=500, eval_every=500, eval_sequences=1024,
 )  # fmt: skip
 _SKIPPED = (7, 12, 20, 24, 26)
 

@@ -27,7 +27,7 @@ from .records import Corrupt, JsonLines, Records, samples
 from .shards import Ids, ShardWriter, remove_shards
 
 SHARD_TOKENS_OF_SAMPLES = 1 << 33  # a chunk of Amber, 3.5 billion, is one shard
-MOST_HELD_OUT = 512  # samples; one million tokens of Amber, whose chunks have 1.7 million samples
+MOST_HELD_OUT = 2048  # samples; four million tokens of Amber, whose chunks have 1.7 million samples
 WORTH_PROCESSES = 1 << 26  # bytes of sources below which starting processes takes longer than it saves
 
 
@@ -74,7 +74,7 @@ def write_sample_shards(
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Write the samples of `sources` into the folder `into`; returns the tokens of each shard there and in `held_out`.
 
-    held_out: takes the last 2 % of the last source, 512 samples at most. processes: by default one for each core, where
+    held_out: takes the last 2 % of the last source, 2048 samples at most. processes: by default one for each core, where
     there is enough to do. Raises UsageError, OutputError.
     """
 
