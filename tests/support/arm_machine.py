@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +87,14 @@ class ArmMachine:
         """A file in `folder` that is the machine's Python: what runs there may start it again as sys.executable."""
         interpreter = _python(self.root)
         script = folder / f"python-{processor}"
-        script.write_text(
+        partial = folder / f"python-{processor}.{threading.get_ident()}"  # a shell may be reading the script
+        partial.write_text(
             "#!/bin/sh\n"
             f"export PYTHONHOME='{self.root}/usr' PYTHONPYCACHEPREFIX='{self.root.parent}/pyc'\n"
             f"exec qemu-aarch64 -cpu {processor} -L '{self.root}' -0 \"$0\" '{interpreter}' \"$@\"\n"
         )
-        script.chmod(0o755)
+        partial.chmod(0o755)
+        partial.replace(script)
         return script
 
 
