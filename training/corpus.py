@@ -45,6 +45,10 @@ class DataOptions:
     skip_chunks: tuple[int, ...] = ()  # numbers of Amber chunks left out of a folder
     most_tokens: int | None = None  # to train on; reading stops there
 
+    def __post_init__(self) -> None:
+        if self.most_tokens is not None and self.most_tokens <= 0:
+            raise UsageError(f"data_tokens is {self.most_tokens}, expected a positive integer")
+
     def open(self, named: Sequence[str | Path], corrupt: Corrupt) -> Sources:
         """Find out what the names are. Raises UsageError."""
         return open_sources(named, corrupt, self.text_field, self.skip_chunks)
@@ -97,6 +101,7 @@ def open_part(folder: Path, part: str) -> list[Shard]:
     shards = open_shards(place)
     try:
         noted = json.loads((folder / MANIFEST).read_text())["tokens"].get(part)
+        promised = sum(noted or ())
     except FileNotFoundError:
         noted = None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,7 +109,7 @@ def open_part(folder: Path, part: str) -> list[Shard]:
     if noted is not None and noted != [len(shard.tokens) for shard in shards]:
         raise UsageError(
             f"{place} holds {len(shards)} shards of {sum(len(shard.tokens) for shard in shards)} tokens, {MANIFEST} notes "
-            f"{len(noted)} of {sum(noted)}; copy the missing ones there or make the shards again"
+            f"{len(noted)} of {promised}; copy the missing ones there or make the shards again"
         )
     return shards
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fbiedge.errors import UsageError, printable
 LONGEST_LINE = 1 << 26  # bytes; a line of Amber has about 12,000
 TOKEN_IDS, TEXT = "token_ids", "text"
 Record = dict[str, Any]
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 can't
 
 
 @dataclass(kw_only=True)
@@ -127,10 +129,12 @@ def texts(records: Records, text_field: str | None, corrupt: Corrupt) -> Iterato
     chosen = text_field or _text_field(records, _first(records, corrupt))
     for where, record in records.read(corrupt):
         text = record.get(chosen)
-        if isinstance(text, str):
-            yield text
-        else:
+        if not isinstance(text, str):
             corrupt.found(records.name, where, f"has no text in the field {chosen!r}")
+        elif _HALF_A_CHARACTER.search(text):
+            corrupt.found(records.name, where, "has half a surrogate pair, which is no text")
+        else:
+            yield text
 
 
 def samples(records: Records, vocab_size: int, corrupt: Corrupt) -> Iterator[npt.NDArray[np.unsignedinteger]]:

@@ -240,6 +240,21 @@ def test_missing_and_damaged_shards_are_named(tmp_path: Path) -> None:
         open_part(tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"tokens": 5}', '{"tokens": {"train": 5}}', '{"tokens": {"train": ["x"]}}', "\0"]
+)
+def test_a_damaged_note_of_what_there_is_is_named(content: str, tmp_path: Path) -> None:
+    random_shards(tmp_path / "train", [40])
+    (tmp_path / "data.json").write_text(content)
+    with raises_line(UsageError, "data.json is damaged"):
+        open_part(tmp_path, "train")
+
+
+def test_a_number_of_tokens_is_positive() -> None:
+    with raises_line(UsageError, "data_tokens is 0, expected a positive integer"):
+        DataOptions(most_tokens=0)
+
+
 def test_skipped_lines_are_counted_in_the_run(teacher: Path, tmp_path: Path) -> None:
     folder = amber(tmp_path / "amber", 1)
     with open(folder / "train_000.jsonl", "a") as chunk:

@@ -67,6 +67,7 @@ def test_the_field_of_the_text_is_the_one_named_or_the_only_one(tmp_path: Path) 
         ('{"text": "torn', "line 2 is not JSON"),
         ("[1, 2]", "line 2 holds a JSON list, expected an object"),
         ('{"text": 5}', "line 2 has no text in the field 'text'"),
+        (r'{"text": "\ud83d"}', "line 2 has half a surrogate pair"),
         ('{"other": "a"}', "line 2 has no text in the field 'text'"),
         ('{"text": "' + "x" * 300 + '"}', "line 2 is longer than"),
     ],
