@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,14 +40,16 @@ LogitBias = Annotated[
     list[str] | None,
     typer.Option(metavar="ID(+|-)BIAS", help="make a token likelier, 15+1, or never, 15-100; may be given again"),
 ]
-JsonSchema = Annotated[str | None, typer.Option(help="the text is JSON of this schema; {}: any object")]
+JsonSchema = Annotated[str | None, typer.Option(help='the text is JSON of this schema; {"type":"object"}: any object')]
 JsonSchemaFile = Annotated[Path | None, typer.Option(help="the same, from a file")]
 Grammar = Annotated[str | None, typer.Option(help="the text is of this grammar, in GBNF or Lark notation")]
 GrammarFile = Annotated[Path | None, typer.Option(help="the same, from a file")]
 Regex = Annotated[str | None, typer.Option(help="the text matches this regular expression")]
 LookupTokens = Annotated[
     int,
-    typer.Option(help="guess so many tokens ahead from the text so far: quicker where it repeats, never another text"),
+    typer.Option(
+        help="guess so many tokens ahead from the text so far, and check them at once: quicker where it repeats"
+    ),
 ]
 Cache = Annotated[Path | None, typer.Option(help="file that keeps the prompt's KV cache, for the next start")]
 
@@ -127,7 +130,9 @@ def generate(
             "--context-shift/--no-context-shift", help="forget the oldest text when the context is full, and go on"
         ),
     ] = False,
-    keep: Annotated[int, typer.Option(help="tokens of the prompt's start that a shift never forgets")] = 1,
+    keep: Annotated[
+        int | None, typer.Option(help="tokens of the prompt's start that a shift never forgets; 1 if not given")
+    ] = None,
     prompt_cache: Cache = None,
     threads: Threads = None,
     accuracy_level: AccuracyLevel = None,
@@ -146,10 +151,13 @@ def generate(
         prompt = _prompt_file(file)
     elif prompt is None or prompt == "-":
         prompt = terminal.read_prompt()
+    if keep is not None and (system is not None or not context_shift):
+        why = "without --context-shift" if system is None else "with --system, all of which is kept"
+        raise UsageError(f"--keep has no effect {why}; leave it out")
     settings = _Settings(
         json_schema=json_schema, json_schema_file=json_schema_file, grammar=grammar, grammar_file=grammar_file,
         regex=regex, logit_bias=logit_bias, max_tokens=max_tokens, stop=stop, lookup_tokens=lookup_tokens,
-        context_shift=context_shift, keep_tokens=keep, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        context_shift=context_shift, keep_tokens=1 if keep is None else keep, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
     session = open_model(model, threads, accuracy_level, context)
@@ -188,6 +196,9 @@ class _Settings:
         keep_tokens: int = 1,
         **sampling: Any,
     ) -> None:
+        from .generate import GenerationOptions
+        from .sampling import SamplingOptions
+
         texts = {
             "json_schema": _either("--json-schema", json_schema, json_schema_file),
             "grammar": _either("--grammar", grammar, grammar_file),
@@ -196,29 +207,25 @@ class _Settings:
         self._constraint: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
         if len(self._constraint) > 1:
             raise UsageError("expected at most one of --json-schema, --grammar and --regex")
-        self._general: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "stop": tuple(stop or ()),
-            "logit_bias": dict(_bias(text) for text in logit_bias or ()),
-            "lookup_tokens": lookup_tokens,
-            "context_shift": context_shift,
-            "keep_tokens": keep_tokens,
-        }
-        self._sampling = sampling
+        self._sampling = {name: value for name, value in sampling.items() if value is not None}
+        self._options = GenerationOptions(
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+            sampling=SamplingOptions(**self._sampling),
+            logit_bias=dict(_bias(text) for text in logit_bias or ()),
+            lookup_tokens=lookup_tokens,
+            context_shift=context_shift,
+            keep_tokens=keep_tokens,
+        )
 
     def options(self, session: CachedSession, tokenizer: Tokenizer | None = None) -> GenerationOptions:
         """For the model of `session`. Raises UsageError."""
-        from .generate import GenerationOptions
         from .sampling import SamplingOptions
 
         recommended = session.model.json_object("generation_config")
-        options = GenerationOptions(
-            sampling=SamplingOptions.from_generation_config(recommended, **self._sampling), **self._general
-        )
+        options = replace(self._options, sampling=SamplingOptions.from_generation_config(recommended, **self._sampling))
         if not self._constraint:
             return options
-        from dataclasses import replace
-
         from .constraint import compile_constraint
         from .tokenizer import Tokenizer
 

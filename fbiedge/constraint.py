@@ -124,7 +124,7 @@ def _schema_text(schema: dict[str, Any] | str) -> str:
         raise UsageError(f"the JSON schema is no JSON: {_first_line(str(error))}") from error
     except RecursionError:
         raise UsageError("the JSON schema is nested too deeply to be read") from None
-    if not isinstance(parsed, (dict, bool)):
+    if not isinstance(parsed, dict):  # true and false are schemas too, but say nothing, and llguidance refuses them
         raise UsageError(f"the JSON schema is {_shortened(text)}, expected an object")
     return _bounded("JSON schema", text)
 

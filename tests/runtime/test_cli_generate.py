@@ -60,6 +60,13 @@ def test_json_of_a_schema(fbiedge: Run, tmp_path: Path) -> None:
     assert fbiedge("chat", "--seed", 1, "--max-tokens", 60, "--json-schema", SCHEMA, stdin="Hello\n")[1].startswith("{")
 
 
+def test_any_object(fbiedge: Run) -> None:
+    """As --help says; without a type, it is any value."""
+    arguments = ["generate", "-p", "Lily", *GREEDY, "--max-tokens", 40, "--json-schema"]
+    assert fbiedge(*arguments, '{"type":"object"}')[1].startswith("{")
+    assert isinstance(json.loads(fbiedge(*arguments, "{}")[1]), str)
+
+
 def test_grammars_and_regular_expressions(fbiedge: Run, tmp_path: Path) -> None:
     path = tmp_path / "words.gbnf"
     path.write_text('root ::= " " ("yes" | "no") "!"', encoding="utf-8")
@@ -124,11 +131,22 @@ def test_a_prompt_cache(fbiedge: Run, tmp_path: Path) -> None:
         (["-p", "a", "--logit-bias", "٣+1"], "--logit-bias is '٣+1'"),
         (["-p", "a", "--lookup-tokens", "-1"], "lookup_tokens is -1, expected a whole number from 0 to 127"),
         (["-p", "a", "--lookup-tokens", "1000"], "lookup_tokens is 1000"),
-        (["-p", "a", "--keep", "-1"], "keep_tokens is -1"),
+        (["-p", "a", "--keep", "-1", "--context-shift"], "keep_tokens is -1"),
+        (["-p", "a", "--keep", "1"], "--keep has no effect without --context-shift; leave it out"),
+        (["-p", "a", "--keep", "1", "--context-shift", "--system", "x"], "--keep has no effect with --system"),
     ],
 )
 def test_what_can_not_be(fbiedge: Run, arguments: list[str], message: str) -> None:
     assert message in one_error_line(fbiedge("generate", *arguments))
+
+
+@pytest.mark.parametrize(
+    "option", ["--max-tokens=0", "--temperature=nan", "--top-k=-1", "--lookup-tokens=-1", "--stop="]
+)
+def test_options_are_checked_before_a_model_is_opened(fbiedge: Run, option: str) -> None:
+    """Opening a large one takes seconds."""
+    for command in (["generate", "-p", "a"], ["chat"]):
+        assert "expected" in one_error_line(fbiedge(*command, "/nonexistent/model.onnx", option))
 
 
 def test_a_prompt_file_that_is_too_large_is_not_read(fbiedge: Run, tmp_path: Path) -> None:

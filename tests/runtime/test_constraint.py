@@ -195,6 +195,7 @@ def nested(depth: int) -> str:
         ({"json_schema": "{"}, "the JSON schema is no JSON"),
         ({"json_schema": ""}, "the JSON schema is empty"),
         ({"json_schema": "[]"}, "the JSON schema is [], expected an object"),
+        ({"json_schema": "true"}, "the JSON schema is true, expected an object"),
         ({"json_schema": '{"type": "object"}, "lark_grammar": "start: /x/"'}, "the JSON schema is no JSON"),
         ({"json_schema": {"type": "frob"}}, "the JSON schema can't be used"),
         ({"json_schema": {"minimum": float("nan")}}, "the JSON schema is no JSON"),
