@@ -34,7 +34,8 @@ class LossWatch:
         advice = "the last checkpoint is intact, start again with a lower learning rate"
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {advice}")
-        self.level = loss if math.isnan(self.level) else self.level + (loss - self.level) / _MEMORY
+        taken = min(loss, self.lowest + self.jump)  # a spike of thousands says no more than a spike of two
+        self.level = taken if math.isnan(self.level) else self.level + (taken - self.level) / _MEMORY
         self.lowest = min(self.lowest, self.level)
         self.high_steps = self.high_steps + 1 if loss > self.lowest + self.jump else 0
         if self.high_steps >= self.patience:

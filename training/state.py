@@ -85,7 +85,7 @@ class RunState:
         folder = self.run / "state" / f"{step:08}"
         self._as_one(folder, lambda: self._clear(lambda path: not (path / _COMPLETE).exists() or path == folder))
         tensors: dict[str, Any] = {**self._tensors(), "step": torch.tensor(step), "watch": self.watch.state()}
-        writer = FileSystemWriter(folder)
+        writer = _Writer(folder)
         if self.in_background:
             future = async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=self.team.size == 1)
             assert isinstance(future, Future)
@@ -210,6 +210,21 @@ def _fill(target: Tensor, whole: Tensor) -> None:
     if isinstance(target, DTensor):  # each process takes its part from its own copy
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
+
+
+class _Writer(FileSystemWriter):
+    """Names the operating system's reason, which torch.save buries under its own and no other process would hear of."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            buried = error.__context__
+            while buried is not None and not isinstance(buried, OSError):
+                buried = buried.__context__
+            if buried is None:
+                raise
+            raise OSError(buried.errno, buried.strerror) from error
 
 
 class _TensorsOnly(FileSystemReader):
