@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.bundled import MODEL
 from support.checkpoints import small_config
 from support.gguf_files import write_gguf
 from support.gguf_models import write_model
@@ -178,7 +183,8 @@ def test_generation_stops_at_an_end_token(tmp_path: Path) -> None:
 def test_a_text_up_to_the_end_of_the_context(tmp_path: Path) -> None:
     folder, prompt = tmp_path / "out", [1, 40, 41, 7]
     export_genai(open_checkpoint(tiny_checkpoint(tmp_path / "in", eos_token_id=258)), folder, **EXACT)
-    assert len(genai_ids(folder, prompt, max_length=64)) <= 60
+    ids = genai_ids(folder, prompt, max_length=64)
+    assert len(ids) == 60 and ids[:NEW_TOKENS] == our_ids(folder / "model.onnx", prompt, ends=[2, 258])
 
 
 def test_the_chat_template_works_there_too(tmp_path: Path) -> None:
@@ -246,6 +252,37 @@ def test_the_command_and_what_it_wrote_again(tmp_path: Path, capsys: pytest.Capt
     assert "holds the model that is exported; choose another folder" in capsys.readouterr().err
     assert cli.run(["export", str(source), "--genai", "--to", "gguf", "-o", str(folder)]) == 2
     assert "--genai is for --to onnx, and this goes to gguf" in capsys.readouterr().err
+
+
+def test_the_instructions(tmp_path: Path) -> None:
+    """The bundled model by exporters/onnx/README.md's own lines: the text that our runtime writes, with and without our
+    library."""
+    readme = (Path(__file__).parents[2] / "exporters/onnx/README.md").read_text(encoding="utf-8")
+    section = readme.partition("## onnxruntime-genai")[2]
+    command, plain, copy, overlay = [
+        textwrap.dedent(block) for block in re.findall(r"(?:^    .+\n)+", section, flags=re.MULTILINE)
+    ]
+    assert command == "fbiedge export model.gguf --genai -o folder\n" and copy == 'cp "$(fbiedge library)" folder/\n'
+    assert cli.run(["export", str(MODEL), "--genai", "-o", str(tmp_path / "folder")]) == 0
+    shutil.copy(library_path(), tmp_path / "folder")
+    _, model, rest = plain.partition('model = og.Model("folder")\n')
+    assert model
+    asked = "parameters = og.GeneratorParams(model)\nparameters.set_search_options(do_sample=False, max_length=60)\n"
+    rest = asked + rest.replace("og.GeneratorParams(model)", "parameters")
+    texts = []
+    for opening in (model, overlay):
+        done = subprocess.run(
+            [sys.executable, "-c", "import onnxruntime_genai as og\n" + opening + rest],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout.removesuffix("\n"))
+    session = Session.open(MODEL)
+    tokenizer = Tokenizer.from_model(session.model)
+    ids = tokenizer.encode("One day")
+    while len(ids) < 60:
+        ids.append(int(session.forward(ids[session.position :]).argmax()))
+    assert texts == [tokenizer.decode(ids)] * 2
 
 
 def test_what_can_not_be_had(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +14,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from support.bundled import MODEL, UNSEEN_STORY, golden
+from support.bundled import PROMPT as STORY
 from support.checkpoints import small_config
+from support.gguf_checkpoints import gguf_checkpoint, gguf_config
 from support.onnx_llama import OnnxLlama
 from support.random_weights import random_weights
 
@@ -20,6 +25,7 @@ from fbiedge import cli
 from fbiedge.bits import pack_bits
 from fbiedge.config import ModelConfig, ScalingPattern
 from fbiedge.errors import ModelFileError, UsageError
+from fbiedge.exporters.gguf import export_gguf
 from fbiedge.exporters.onnx import export_onnx, open_onnx, verify_export
 from fbiedge.exporters.onnx.options import StockBits
 from fbiedge.exporters.onnx.stock import CODES, packed_signs, sign_codes
@@ -130,6 +136,54 @@ def test_what_is_read_back_exports_to_the_same_file_of_ours(
         if isinstance(original, BinaryLinear):
             assert isinstance(linear, BinaryLinear)
             np.testing.assert_array_equal(linear.packed, original.packed)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_column_shared_stays_what_it_is(bits: StockBits, tmp_path: Path) -> None:
+    """`column` whose scales are partly equal, as GGUF needs them: exact here too, and a GGUF of it is the same to the bit."""
+    weights, path = gguf_checkpoint(tmp_path / "in", gguf_config("column")), tmp_path / "model.onnx"
+    export_onnx(weights, path, operators="stock", stock_bits=bits, **EXACT)
+    assert domains(path) == {"", "com.microsoft"}
+    assert_computes(weights, path)
+    assert verify_export(weights, path, PROMPT).top1_agreement == 1
+    ggufs = []
+    for source, name in ((weights, "of-weights"), (open_onnx(path), "of-stock")):
+        (tmp_path / name).mkdir()
+        export_gguf(source, tmp_path / name / "model.gguf")
+        ggufs.append([(tmp_path / name / file).read_bytes() for file in ("model.gguf", "model.beta.gguf")])
+    assert ggufs[0] == ggufs[1]
+
+
+@pytest.mark.parametrize(("bits", "level"), [(1, "fp32"), (2, "int8"), (4, "fp32"), (4, "int8")])
+def test_commands_run_the_bundled_model_of_stock_operators(
+    bits: StockBits, level: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text begins as that of our operators, whose other levels round in other places."""
+    path, text = tmp_path / "model.onnx", tmp_path / "story.txt"
+    text.write_text(UNSEEN_STORY, encoding="utf-8")
+    export_onnx(open_onnx(MODEL), path, operators="stock", stock_bits=bits, accuracy_level=level)
+
+    def out(*arguments: object, stdin: str = "") -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        assert cli.run([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    greedy = ("--temperature", 0, "--max-tokens", 40)
+    said = out("generate", path, "-p", STORY, *greedy).removesuffix("\n")
+    assert len(said) > 100 and golden(level).startswith(said)
+    for options in (
+        ("--lookup-tokens", 8),
+        ("--prompt-cache", tmp_path / "cache"),
+        ("--prompt-cache", tmp_path / "cache"),
+    ):
+        assert out("generate", path, "-p", STORY, *greedy, *options).removesuffix("\n") == said
+    assert out("chat", path, *greedy, stdin="Hello\n") == out("chat", MODEL, *greedy, stdin="Hello\n")
+    perplexities = [
+        json.loads(out("eval", model, "--text", text, "--json").splitlines()[-1])["perplexity"]
+        for model in (path, MODEL)
+    ]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=0.02)
 
 
 def test_codes_that_are_no_signs_are_refused(make_weights: MakeWeights, tmp_path: Path) -> None:
