@@ -145,13 +145,74 @@ def test_copying_takes_few_runs(bundled: Session, monkeypatch: pytest.MonkeyPatc
     assert max(runs) == 9 and len(runs) < len(tokens) / 6
 
 
-def test_no_draft_goes_beyond_the_context_or_what_is_asked_for(bundled: Session) -> None:
-    for limit in (1, 2, 3, 20):
-        _, stats, _ = run(
-            bundled, PROMPT + " the the the the", {"sampling": GREEDY, "max_tokens": limit, "lookup_tokens": 127}
+@pytest.mark.parametrize("limit", [1, 2, 3, 20, 40])
+def test_no_draft_goes_beyond_what_is_asked_for(bundled: Session, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """The last token that is asked for is never run, and nothing after it is guessed."""
+    reached: list[int] = []
+    original = bundled._run
+    monkeypatch.setattr(bundled, "_run", lambda ids, keep: (original(ids, keep), reached.append(bundled.position))[0])
+    prompt = PROMPT + " the big dog. the big dog. the big dog."
+    _, stats, _ = run(bundled, prompt, {"sampling": GREEDY, "max_tokens": limit, "lookup_tokens": 127})
+    assert stats.generated_tokens == limit and (limit < 20 or stats.drafted_tokens)
+    assert max(reached) == stats.prompt_tokens + limit - 1
+
+
+@pytest.mark.parametrize("lookup_tokens", [1, 16, 127])
+def test_no_draft_goes_beyond_the_context(lookup_tokens: int) -> None:
+    """In which every number of tokens may be left when a draft begins."""
+    full = Session.open(MODEL, context=90)
+    plain, drafted = ({"sampling": GREEDY, "lookup_tokens": tokens} for tokens in (0, lookup_tokens))
+    for words in range(4, 16):
+        prompt = PROMPT + " big" * words
+        pieces, stats, cache = run(full, prompt, plain)
+        with_drafts, after, cache_after = run(full, prompt, drafted)
+        assert (with_drafts, cache_after) == (pieces, cache)
+        assert stats.finish_reason == after.finish_reason == "context" and len(cache) == 90
+
+
+def drafted_run(
+    session: Session, options: dict[str, Any], stop_after: int | None = None
+) -> tuple[GenerationStats, list[int]]:
+    """A generation, cancelled after so many pieces, and the tokens that were guessed and open at each piece."""
+    session.truncate(0)
+    tokenizer = Tokenizer.from_model(session.model)
+    ids = tokenizer.encode(PROMPT + " the big dog. the big dog. the big dog.")
+    open_guesses: list[int] = []
+    settings = GenerationOptions(**({"sampling": GREEDY, "lookup_tokens": 16, "max_tokens": 150} | options))
+    *_, stats = (
+        (isinstance(event, Piece) and open_guesses.append(session.position - len(ids) - len(open_guesses)), event)[1]
+        for event in generate(
+            session, tokenizer, ids, settings, ends=frozenset(), cancelled=lambda: len(open_guesses) == stop_after
         )
-        assert stats.generated_tokens == limit
-        assert stats.drafted_tokens == stats.accepted_tokens or limit > 2
+    )
+    assert isinstance(stats, GenerationStats)
+    assert session.tokens == (*ids, *stats.generated_ids)[: session.position], "only what was picked"
+    assert session.position == len(ids) + stats.generated_tokens - (stats.finish_reason != "cancelled")
+    return stats, open_guesses
+
+
+def test_cancelled_inside_a_draft(bundled: Session) -> None:
+    whole, guesses = drafted_run(bundled, {})
+    inside = [number for number, guessed in enumerate(guesses, 1) if guessed > 1]
+    assert len(inside) > 3, "the test is about drafts that are not used up"
+    for number in inside:
+        stats, _ = drafted_run(bundled, {}, stop_after=number)
+        assert stats.finish_reason == "cancelled"
+        assert stats.generated_ids == whole.generated_ids[:number]
+
+
+def test_a_stop_string_inside_a_draft(bundled: Session) -> None:
+    """Every word of the text once as what ends it."""
+    whole, _ = drafted_run(bundled, {})
+    tokenizer = Tokenizer.from_model(bundled.model)
+    text = tokenizer.decode(whole.generated_ids)
+    inside = 0
+    for stop in sorted(set(text.split())):
+        stats, guesses = drafted_run(bundled, {"stop": (stop,)})
+        assert stats.finish_reason == "stop"
+        assert tokenizer.decode(stats.generated_ids).index(stop) == text.index(stop)
+        inside += guesses[-1] > 1
+    assert inside > 0
 
 
 @pytest.fixture(params=["default", *ops_library.available_isas()])
