@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from support.tiny_model import tiny_model
 from fbiedge import ops_library
 from fbiedge.cached_session import CachedSession
 from fbiedge.generate import GenerationOptions, GenerationStats, Piece, generate
+from fbiedge.initialize import byte_tokenizer
 from fbiedge.lookup import Decoder, Lookup
 from fbiedge.sampling import SamplingOptions
 from fbiedge.session import Session
@@ -145,16 +146,54 @@ def test_copying_takes_few_runs(bundled: Session, monkeypatch: pytest.MonkeyPatc
     assert max(runs) == 9 and len(runs) < len(tokens) / 6
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 20, 40])
-def test_no_draft_goes_beyond_what_is_asked_for(bundled: Session, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """The last token that is asked for is never run, and nothing after it is guessed."""
-    reached: list[int] = []
-    original = bundled._run
-    monkeypatch.setattr(bundled, "_run", lambda ids, keep: (original(ids, keep), reached.append(bundled.position))[0])
-    prompt = PROMPT + " the big dog. the big dog. the big dog."
-    _, stats, _ = run(bundled, prompt, {"sampling": GREEDY, "max_tokens": limit, "lookup_tokens": 127})
-    assert stats.generated_tokens == limit and (limit < 20 or stats.drafted_tokens)
-    assert max(reached) == stats.prompt_tokens + limit - 1
+class Reciter:
+    """An engine that says the same twenty tokens again and again, and knows how far it was run."""
+
+    vocab_size = 40
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.position, self.furthest = capacity, 0, 0
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        return 0
+
+    def truncate(self, length: int) -> None:
+        self.position = length
+
+    def forward(self, ids: Sequence[int]) -> np.ndarray:
+        return self.all_logits(ids)[-1]
+
+    def all_logits(self, ids: Sequence[int]) -> np.ndarray:
+        said = [10 + at % 20 for at in range(self.position + 1, self.position + 1 + len(ids))]
+        self.position += len(ids)
+        self.furthest = max(self.furthest, self.position)
+        return np.eye(self.vocab_size, dtype=np.float32)[said]
+
+
+def recite(capacity: int, **options: Any) -> tuple[Reciter, GenerationStats]:
+    """What follows 60 tokens, with drafts as long as they get."""
+    engine, tokenizer = Reciter(capacity), Tokenizer(byte_tokenizer(), {})
+    settings = GenerationOptions(sampling=GREEDY, lookup_tokens=127, **options)
+    *_, stats = generate(engine, tokenizer, [10 + at % 20 for at in range(60)], settings, ends=frozenset())
+    assert isinstance(stats, GenerationStats)
+    assert list(stats.generated_ids) == [10 + at % 20 for at in range(60, 60 + stats.generated_tokens)]
+    return engine, stats
+
+
+@pytest.mark.parametrize("limit", range(1, 60))
+def test_no_draft_goes_beyond_what_is_asked_for(limit: int) -> None:
+    """The last token is never run, and what is guessed is all used."""
+    engine, stats = recite(1000, max_tokens=limit)
+    assert stats.generated_tokens == limit and stats.finish_reason == "length"
+    assert engine.furthest == engine.position == 60 + limit - 1
+    assert stats.drafted_tokens == stats.accepted_tokens and (limit < 3 or stats.drafted_tokens)
+
+
+@pytest.mark.parametrize("capacity", range(60, 100))
+def test_drafts_end_where_the_context_ends(capacity: int) -> None:
+    engine, stats = recite(capacity)
+    assert stats.generated_tokens == capacity - 60 + 1 and stats.finish_reason == "context"
+    assert engine.furthest == engine.position == capacity
 
 
 @pytest.mark.parametrize("lookup_tokens", [1, 16, 127])
