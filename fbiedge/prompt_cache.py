@@ -94,7 +94,7 @@ class PromptCache:
             (size,) = struct.unpack_from("<I", content)
             header = load_json(bytes(content[4 : 4 + size]).decode())
             tokens = header["tokens"]
-            if type(tokens) is not int or tokens < 0:
+            if type(tokens) is not int or not 0 <= tokens <= len(content) // 4:
                 raise ValueError
             ids = tuple(np.frombuffer(content, "<i4", tokens, 4 + size).tolist())
         except (struct.error, ValueError, KeyError, TypeError) as error:

@@ -1,14 +1,17 @@
 """Ways to damage a file, all drawn from one random generator: the same seed gives the same damage.
 
 Bytes: single bits, interesting values, lengths and counts set to huge ones, pieces cut, doubled, moved and taken from
-another file, and files cut short. JSON and protobuf messages are also damaged as what they mean, so that the result is
-still a sound file of its kind with one thing wrong in it: that gets far deeper than bytes do.
+another file, and files cut short. JSON, protobuf messages and prompt caches are also damaged as what they mean, so that
+the result is still a sound file of its kind with one thing wrong in it: that gets far deeper than bytes do.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -97,7 +100,7 @@ def damage_json(text: str, random: Random) -> str:
         holder, key = random.choice(spots)
         match random.randrange(6):
             case 0 | 1 | 2:
-                holder[key] = random.choice(_JSON_VALUES)
+                holder[key] = deepcopy(random.choice(_JSON_VALUES))  # which a later change must not change
             case 3:
                 if holder is not document:
                     del holder[key]
@@ -111,6 +114,19 @@ def damage_json(text: str, random: Random) -> str:
                     holder.insert(key, holder[key])
     damaged = json.dumps(document[0], ensure_ascii=random.random() < 0.5)
     return "[" * 20_000 + damaged if random.random() < 0.005 else damaged
+
+
+def damage_cache(content: bytes, random: Random, other: bytes) -> bytes:
+    """A prompt cache with a damaged header, ids or rows under a check sum that is right; see fbiedge/prompt_cache.py."""
+    magic, (size,) = content[:8], struct.unpack_from("<I", content, 8)
+    header, rest = content[12 : 12 + size], content[12 + size : -4]
+    if random.random() < 0.4:
+        header = damage_json(header.decode(), random).encode(errors="surrogatepass")
+    else:
+        tokens = 4 * json.loads(header)["tokens"]
+        rest = damage_bytes(rest, random, [(0, tokens), (0, len(rest))], other)
+    body = magic + struct.pack("<I", len(header)) + header + rest
+    return body + struct.pack("<I", zlib.crc32(body))
 
 
 def damage_model(content: bytes, random: Random) -> bytes:

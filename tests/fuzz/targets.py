@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +12,7 @@ from random import Random
 from typing import Any
 
 import onnx
-from fuzz.mutations import damage_bytes, damage_json, damage_model
+from fuzz.mutations import damage_bytes, damage_cache, damage_json, damage_model
 from support.checkpoints import small_config
 from support.gguf_checkpoints import gguf_checkpoint, gguf_config
 from support.gguf_models import write_model
@@ -27,6 +30,7 @@ CHAT = ("chat", "IN", "--max-tokens", "2", "--temperature", "0", "--threads", "1
 INSPECT = ("inspect", "IN")
 EVAL = ("eval", "IN", "--text", "IN/config.json", "--max-tokens", "8")
 TO_ONNX = ("export", "IN", "-o", "OUT/out.onnx")
+CACHED = (*RUN, "--prompt-cache", "IN.cache")
 TO_GGUF = ("export", "IN", "--allow-lossy", "-o", "OUT/out.gguf")
 
 _SIZES = {"hidden_size": 128, "intermediate_size": 172}
@@ -46,7 +50,8 @@ class Target:
 
 def targets(folder: Path) -> list[Target]:
     """All of them, made in `folder`."""
-    return [*_onnx(folder), *_gguf(folder), *_checkpoints(folder)]
+    models = [*_onnx(folder), *_gguf(folder), *_checkpoints(folder)]
+    return [*models, *(_cache(folder, name) for name in ("onnx", "onnx-fp32-cache", "gguf-qwen3"))]
 
 
 def damage(target: Target, found: list[Target], random: Random) -> tuple[dict[str, bytes], str]:
@@ -58,6 +63,9 @@ def damage(target: Target, found: list[Target], random: Random) -> tuple[dict[st
         return {**target.files, name: damaged}, f"JSON of {name}"
     if name.endswith(".onnx") and random.random() < 0.7:
         return {**target.files, name: damage_model(content, random)}, f"fields of {name}"
+    if name.endswith(".cache") and random.random() < 0.7:
+        other = random.choice(list(random.choice(found).files.values()))
+        return {**target.files, name: damage_cache(content, random, other)}, f"parts of {name}"
     others = [other.files[file] for other in found for file in other.files if file.endswith(Path(name).suffix)]
     damaged = damage_bytes(content, random, target.places.get(name, []), random.choice(others))
     return {**target.files, name: damaged}, f"bytes of {name}"
@@ -134,6 +142,15 @@ def _checkpoints(folder: Path) -> list[Target]:
         commands = (INSPECT, TO_ONNX, TO_GGUF, EVAL)
         found.append(Target(f"checkpoint-{name}", files, ".", damaged, commands, places))
     return found
+
+
+def _cache(folder: Path, name: str) -> Target:
+    """A prompt cache beside its model. Written by a process of its own: the threads of a session don't survive forks."""
+    place = shutil.copytree(folder / name, folder / f"cache-{name}")
+    (model,) = place.iterdir()
+    command = [word.replace("IN", str(model)) for word in CACHED]
+    subprocess.run([sys.executable, "-m", "fbiedge.cli", *command], check=True, capture_output=True)
+    return Target(f"cache-{name}", _read(place), model.name, (f"{model.name}.cache",), (CACHED,))
 
 
 def _read(folder: Path) -> dict[str, bytes]:

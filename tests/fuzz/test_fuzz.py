@@ -15,17 +15,19 @@ from random import Random
 import pytest
 from fuzz.targets import Target, damage, targets
 
+from fbiedge.engines import open_session
 from fbiedge.errors import FbiEdgeError
 from fbiedge.exporters.gguf.reader import open_gguf
 from fbiedge.exporters.onnx import open_onnx
 from fbiedge.gguf_file import GgufFile
 from fbiedge.gguf_model import open_gguf_model
 from fbiedge.model_file import ModelFile
+from fbiedge.prompt_cache import PromptCache
 from fbiedge.tokenizer import Tokenizer
 from fbiedge.weights import Weights, open_checkpoint
 
 FUZZ = Path(__file__).with_name("run.py")
-SECONDS = 30
+SECONDS = 20  # the whole file stays below a minute
 DAMAGES = 120  # of each target
 
 
@@ -60,16 +62,24 @@ def read_weights(weights: Weights) -> None:
         weights.tensor(name)
 
 
+def read_cache(path: Path) -> None:
+    session = open_session(path, threads=1)
+    PromptCache(path.with_name(f"{path.name}.cache"), session)
+    session.truncate(min(session.position, session.capacity - 1))
+    session.forward([5])  # on whatever rows were taken
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "onnx": read_onnx,
     "gguf": read_gguf,
+    "cache": read_cache,
     "checkpoint": lambda path: read_weights(open_checkpoint(path)),
 }
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_readers_refuse_or_read(kind: str, found: list[Target], tmp_path: Path) -> None:
-    """A few milliseconds a case, as nothing is run; every error is one of ours, in one line."""
+    """A few milliseconds a case, as nothing or a token is run; every error is one of ours, in one line."""
     outcomes = set()
     for target in found:
         if not target.name.startswith(kind):
@@ -99,4 +109,4 @@ def test_commands_end_in_one_line_and_never_crash(tmp_path: Path) -> None:
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["findings"] == 0
     assert set(document["outcomes"]) == {"read", "refused"}
-    assert len(document["targets"]) == 11
+    assert len(document["targets"]) == 14

@@ -182,6 +182,7 @@ def rewritten(content: bytes, **changes: Any) -> bytes:
         ({"engine": "abacus"}, "is of another engine (abacus, this is "),
         ({"kv_cache": "fp32"}, "is of another precision (fp32, this is int8)"),
         ({"tokens": 10**9}, "is damaged"),
+        ({"tokens": 2**63}, "is damaged"),
         ({"tokens": -1}, "is damaged"),
         ({"tokens": True}, "is damaged"),
         ({"tokens": "5"}, "is damaged"),
