@@ -13,7 +13,12 @@ from .errors import UsageError
 
 
 def web(
-    model: Annotated[Path | None, typer.Argument(help="model.onnx; default: the bundled model")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="model.onnx, quickest in browsers when exported with --ops stock --stock-bits 1; default: the bundled one"
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8081,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other devices in")] = "127.0.0.1",
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="open the page in a browser")] = True,
