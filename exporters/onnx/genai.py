@@ -32,7 +32,9 @@ MODEL = "model.onnx"
 CONFIG = "genai_config.json"
 _WRITTEN = {MODEL, data_path(Path(MODEL)).name, CONFIG, *SIDECARS}
 # Of generation_config.json, what genai calls the same, and the values that it takes.
-_SEARCH = {"temperature": (1e-6, 1e6), "top_p": (1e-6, 1.0), "repetition_penalty": (0.01, 100.0)}
+_SEARCH = {
+    "temperature": (1e-6, 1e6), "top_p": (1e-6, 1.0), "top_k": (0, 1e9), "repetition_penalty": (0.01, 100.0),
+}  # fmt: skip
 
 
 def export_genai(weights: Weights, folder: Path, **options: Any) -> ExportReport:
@@ -75,10 +77,9 @@ def genai_config(config: ModelConfig, ends: Iterable[int], generation: dict[str,
     }
     for name, (low, high) in _SEARCH.items():
         value = generation.get(name)
-        if isinstance(value, (int, float)) and low <= value <= high:
+        kind = int if name == "top_k" else (int, float)
+        if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
             search[name] = value
-    if isinstance(generation.get("top_k"), int) and generation["top_k"] > 0:
-        search["top_k"] = generation["top_k"]
     # The config's own first, as what pads; genai takes any of the list for an end.
     listed = list(dict.fromkeys([config.eos_token_id, *sorted(ends)]))
     return {

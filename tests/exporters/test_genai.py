@@ -28,6 +28,7 @@ from fbiedge import cli
 from fbiedge.chat_template import ChatTemplate
 from fbiedge.errors import OutputError, UsageError
 from fbiedge.exporters.onnx import export_genai, open_onnx
+from fbiedge.exporters.onnx.genai import genai_config
 from fbiedge.gguf_file import GgufFile
 from fbiedge.gguf_tokenizer import sidecars_from_gguf
 from fbiedge.ops_library import library_path
@@ -166,6 +167,21 @@ def test_a_model_that_does_not_sample_is_greedy(generation: dict[str, Any], tmp_
     folder = tmp_path / "out"
     export_genai(open_checkpoint(tiny_checkpoint(tmp_path / "in", generation_config=generation)), folder)
     assert og.GeneratorParams(og.Model(str(folder))).get_search_options()["do_sample"] is False
+
+
+@pytest.mark.parametrize(
+    ("said", "search"),
+    [
+        ({"top_k": 0}, {"top_k": 0}),  # all tokens, where genai's own default is 50
+        ({"top_k": -1, "temperature": 1e9, "top_p": 2.0}, {}),
+        ({"top_k": True, "temperature": True, "top_p": "high", "repetition_penalty": None}, {}),
+    ],
+)
+def test_values_that_genai_takes(said: dict[str, Any], search: dict[str, Any]) -> None:
+    config = genai_config(small_config(), [2], {"do_sample": True, **said})["search"]
+    assert {
+        name: config[name] for name in ("top_k", "temperature", "top_p", "repetition_penalty") if name in config
+    } == search
 
 
 def test_generation_stops_at_an_end_token(tmp_path: Path) -> None:
