@@ -75,7 +75,7 @@ class GenerationOptions:
         if "" in self.stop:
             raise UsageError("a stop string is empty, expected at least one character")
         for name, value, high in (
-            ("logprobs", self.logprobs or 0, 20),  # as OpenAI
+            ("logprobs", 0 if self.logprobs is None else self.logprobs, 20),  # as OpenAI
             ("lookup_tokens", self.lookup_tokens, PREFILL_CHUNK - 1),
             ("keep_tokens", self.keep_tokens, math.inf),
         ):

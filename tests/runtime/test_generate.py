@@ -192,6 +192,7 @@ NAN = float("nan")
         ({"logprobs": -1}, "logprobs is -1, expected a whole number from 0 to 20"),
         ({"logprobs": 21}, "logprobs is 21"),
         ({"logprobs": True}, "logprobs is True"),
+        ({"logprobs": False}, "logprobs is False"),
         ({"lookup_tokens": 128}, "lookup_tokens is 128, expected a whole number from 0 to 127"),
         ({"lookup_tokens": 1.5}, "lookup_tokens is 1.5"),
         ({"keep_tokens": -1}, "keep_tokens is -1, expected a whole number of at least 0"),
