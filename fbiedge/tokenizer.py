@@ -71,7 +71,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a whole prompt, with the beginning-of-text token where the model was trained with one."""
-        ids: list[int] = self._tokenizer.encode(_valid(text)).ids
+        ids = self._ids(text, add_special_tokens=True)
         bos = self.token_id(self.bos_token) if self.bos_token else None
         if bos is not None and (self.config.get("add_bos_token") or not ids) and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -79,7 +79,7 @@ class Tokenizer:
 
     def encode_rendered(self, text: str, *, continues: bool = False) -> list[int]:
         """Ids of text that spells out its own special tokens, as chat templates do; `continues`: other ids go before."""
-        ids: list[int] = self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
+        ids = self._ids(text, add_special_tokens=False)
         if continues and ids and self._tokenizer.id_to_token(ids[0]) == "▁" and not text.startswith(" "):
             return ids[1:]  # Llama's tokenizer puts a space before every text; in the middle of one it doesn't belong
         return ids
@@ -100,6 +100,11 @@ class Tokenizer:
         """The text of `ids`."""
         stream = DetokenizeStream(self)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # As a batch, because the library's encode() lets no other thread run: a server would stand still for seconds.
+        ids: list[int] = self._tokenizer.encode_batch([_valid(text)], add_special_tokens=add_special_tokens)[0].ids
+        return ids
 
     def _special_text(self, name: str) -> str:
         """`bos_token` and the like are either the text or an object with the text as `content`."""
