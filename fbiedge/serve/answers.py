@@ -25,7 +25,7 @@ TokenBytes = Callable[[int], bytes]
 
 def server_sent(data: dict[str, Any]) -> bytes:
     """One event of a stream."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(data) + b"\n\n"
 
 
 class Answers:
@@ -70,18 +70,22 @@ class Answers:
             "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in first)},
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
-        choices = [
-            {
-                "index": index,
-                **self.content(text),
-                "logprobs": self.told(pieces, 0) if self.logprobs else None,
-                "finish_reason": _reason(end),
-            }
-            for index, (text, pieces, end) in enumerate(zip(self.texts, self.pieces, self.finished, strict=True))
-        ]
-        return {**self._envelope, "object": self.kind, "choices": choices, "usage": self.usage()}
+    def whole(self) -> bytes:
+        """The answer in one piece. For a worker thread: with logprobs it may take seconds.
+
+        Choice by choice, because no other thread runs while json writes one value.
+        """
+        around = _json({**self._envelope, "object": self.kind, "usage": self.usage()})
+        choices = b",".join(_json(self._choice(index)) for index in range(len(self.texts)))
+        return around[:-1] + b',"choices":[' + choices + b"]}"
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        return {
+            "index": index,
+            **self.content(self.texts[index]),
+            "logprobs": self.told(self.pieces[index], 0) if self.logprobs else None,
+            "finish_reason": _reason(self.finished[index]),
+        }
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The event before the first of answer `index`."""
@@ -191,3 +195,7 @@ class Text(Answers):
 def _reason(end: Finished | None) -> str | None:
     """`stop`: the model or a stop string ended the text; `length`: a limit did."""
     return None if end is None else "stop" if end.stats.finish_reason in ("end", "stop") else "length"
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

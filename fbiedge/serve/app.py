@@ -118,7 +118,8 @@ class _Api:
         finally:
             ticket.cancel()
             note.finished()
-        return JSONResponse(answers.whole())
+        whole = await asyncio.get_running_loop().run_in_executor(self._workers, answers.whole)
+        return Response(whole, media_type="application/json")
 
     async def _gathered(self, ticket: Ticket, answers: Answers) -> None:
         async for events in ticket.events():

@@ -22,6 +22,7 @@ from .api_error import ApiError, invalid
 
 MAX_CHOICES = 128  # of one request, over all its prompts
 MAX_STOP_STRINGS = 16
+MAX_CONSTRAINT = 1 << 16  # characters; one of a megabyte takes llguidance most of a minute
 
 _NO_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -155,6 +156,8 @@ class Request(pydantic.BaseModel):
         asked = [name for name, value in wanted.items() if value not in (None, False)]
         if len(asked) > 1:
             raise invalid(f"the request has a {' and a '.join(asked)}, expected one of them")
+        if len(json.dumps([wanted[name] for name in asked])) > MAX_CONSTRAINT:
+            raise invalid(f"the {asked[0]} is longer than {MAX_CONSTRAINT:,} characters", asked[0])
         return wanted if asked else None
 
 

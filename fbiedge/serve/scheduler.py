@@ -174,6 +174,21 @@ class Scheduler:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            logger.exception("the engine ended")
+            raise
+        finally:  # without it nobody would ever be told
+            with self._changed:
+                self._close_at = self._close_at or time.monotonic()
+                under_way = [(slot.ticket, slot.index) for slot in self._slots if slot.ticket is not None]
+                for ticket, index in [*under_way, *self._waiting]:
+                    self._post(ticket, index, ApiError(500, "the engine failed"))
+                self._waiting.clear()
+            self._flush()
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self.running or self._close_at is not None):

@@ -282,3 +282,16 @@ def test_a_schema_that_is_too_much(http: httpx.Client) -> None:
         )
         assert answer.status_code in (200, 400), answer.text
         assert time.monotonic() - started < 10
+
+
+def test_a_constraint_of_a_megabyte(http: httpx.Client) -> None:
+    """It would keep others' constraints waiting for most of a minute."""
+    schema = {"properties": {f"p{index}": {"type": "string", "pattern": "[a-z]{1,100}"} for index in range(4000)}}
+    formatted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for name, value in (
+        ("response_format", formatted),
+        ("grammar", "root ::= " + 70_000 * "x"),
+        ("regex", "a" * 70_000),
+    ):
+        error = refused(http.post("/v1/completions", json={"prompt": "Hi", name: value}))
+        assert "is longer than 65,536 characters" in error["message"]

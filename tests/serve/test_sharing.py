@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -153,3 +154,46 @@ def test_constrained_answers(client: openai.OpenAI) -> None:
         model="default", prompt=PROMPT, max_tokens=20, stream=True, extra_body={"grammar": grammar}
     )
     assert "".join(chunk.choices[0].text for chunk in stream) in (" yes", " no")
+
+
+def test_a_gguf_is_shared_the_same_way(gguf_server: RunningServer) -> None:
+    """Two contexts of llama.cpp, many clients; alone: nothing is remembered and nobody else asks."""
+    chance = random.Random(2)
+    asked = [
+        {"prompt": [chance.randrange(5, 90) for _ in range(chance.choice([1, 7, 40]))], "max_tokens": chance.choice([4, 30])}
+        | ({"temperature": 0} if index % 2 else {"temperature": 1.3, "seed": index})
+        for index in range(12)
+    ]  # fmt: skip
+    with httpx.Client(base_url=gguf_server.url, timeout=60) as http:
+        alone = [text_of(http, body | {"cache_prompt": False}) for body in asked]
+        assert len(set(alone)) > 3
+        order = [*range(len(asked))] * 2
+        chance.shuffle(order)
+        with ThreadPoolExecutor(6) as clients:
+            texts = list(clients.map(lambda index: text_of(http, asked[index]), order))
+    assert texts == [alone[index] for index in order]
+
+
+def longest_wait(server: RunningServer, busy: dict[str, Any]) -> tuple[httpx.Response, float]:
+    """The answer to `busy`, and the most seconds that /health took meanwhile."""
+    worst = 0.0
+    with httpx.Client(base_url=server.url) as http, ThreadPoolExecutor(1) as other:
+        http.get("/health")
+        answer = other.submit(httpx.post, f"{server.url}/v1/completions", json=busy, timeout=60)
+        while not answer.done():
+            started = time.monotonic()
+            http.get("/health", timeout=60)
+            worst = max(worst, time.monotonic() - started)
+    return answer.result(), worst
+
+
+def test_nobody_waits_for_a_prompt_that_takes_seconds_to_cut_into_tokens(server: RunningServer) -> None:
+    answer, worst = longest_wait(server, {"prompt": "abcdefghij" * 100_000})
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert worst < 1
+
+
+def test_nobody_waits_for_an_answer_of_many_megabytes(server: RunningServer) -> None:
+    answer, worst = longest_wait(server, {"prompt": "The", "n": 10, "logprobs": 20} | ENDLESS)
+    assert len(answer.content) > 2_000_000 and len(answer.json()["choices"]) == 10
+    assert worst < 1
