@@ -10,7 +10,8 @@ MODEL ?= $(RUNS)/shared/model
 ONNX ?= fbiedge/models/default.onnx
 TEXT ?= $(RUNS)/text/held_out_stories.txt
 
-.PHONY: chat test test-native-asan check format model bench-ops bench-peers bench-peers-avx2 bench-levels bench-neighbour clean
+.PHONY: chat test test-native-asan fuzz check format model wheels bench-ops bench-peers bench-peers-avx2 bench-levels \
+    bench-neighbour bench-serve bench-generation bench-loss clean
 
 chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
 	@$(BIN)/fbiedge chat
@@ -23,6 +24,12 @@ test-native-asan: $(VENV)/dev.stamp  ## the native tests under the address, unde
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
 	$(call native,tsan,-DCMAKE_BUILD_TYPE=Debug -DFBIEDGE_SANITIZE=thread -DFBIEDGE_BUILD_BENCH=OFF)
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure
+
+fuzz: $(VENV)/dev.stamp  ## damaged model files through the real commands, `make fuzz MINUTES=60 SEED=7`; findings go to build/fuzz
+	$(BIN)/python tests/fuzz/run.py --seconds $$((60 * $(or $(MINUTES),10))) --seed $(or $(SEED),0)
+
+wheels: $(VENV)/dev.stamp  ## wheels for Linux, macOS and Windows, cross-compiled into dist/
+	$(BIN)/python runtime_ops/packaging/build_wheels.py
 
 bench-ops: $(VENV)/dev.stamp  ## the kernels against the machine's speed of reading and multiplying; JSON ends each part
 	$(call native,ops,-DCMAKE_BUILD_TYPE=Release -DFBIEDGE_BUILD_TESTS=OFF) >&2
@@ -52,6 +59,15 @@ bench-levels: $(VENV)/dev.stamp  ## what levels, heads, KV caches and kernels co
 
 bench-neighbour: $(VENV)/dev.stamp  ## decode of ONNX (a file) beside another busy process; last line JSON
 	@$(BIN)/python tests/benchmarks/neighbour.py $(ONNX)
+
+bench-serve: $(VENV)/dev.stamp  ## 32 clients of `fbiedge serve` for a minute; last line JSON
+	@$(BIN)/python tests/benchmarks/serve_load.py $(ONNX)
+
+bench-generation: $(VENV)/dev.stamp  ## what lookup, constraints, prompt caches and context shifts cost and save, with ONNX; last line JSON
+	@$(BIN)/python tests/benchmarks/generation.py $(ONNX)
+
+bench-loss: $(VENV)/dev.stamp  ## memory and time of the training loss, in chunks and whole (takes 16 GB); last line JSON
+	@$(BIN)/python tests/benchmarks/loss_memory.py
 
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.bundled import MODEL
+from support.server import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for p in ("barn", "lake")
     ]
     (path / "stories.txt").write_text("<|endoftext|>\n".join(sentences * 80), encoding="utf-8")
+    (path / "runtime_ops").symlink_to(ROOT / "runtime_ops")  # what is said of a checkout
     return path
 
 
@@ -66,8 +69,17 @@ def test_example(command: str, expected: str, folder: Path) -> None:
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    output = "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines()) + "\n"
+    output = "".join(f"{line.rstrip()}\n" for line in done.stdout.rstrip().splitlines())
     assert re.fullmatch(as_pattern(expected), output), f"$ {shlex.join([command])}\n{output}"
+
+
+def test_the_example_of_a_client() -> None:
+    """The Python example prints what its comment says, from the server that the page says to start."""
+    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    with RunningServer(MODEL) as server:
+        program = program.replace("http://127.0.0.1:8080", server.url)
+        done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=60, check=False)
+    assert done.stdout == program.rpartition("# ")[2], done.stderr
 
 
 def test_the_file_tree_names_every_file() -> None:
