@@ -3,7 +3,6 @@ where it has them."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
 
-_MOST_BYTES = 64_000_000  # of a prompt, schema or grammar: more is a mistake, and takes minutes to be found too long
+_MOST_CHARACTERS = 64_000_000  # of a prompt, schema or grammar: more is a mistake, and takes minutes to be found one
 
 Model = Annotated[Path | None, typer.Argument(help="model.onnx or model.gguf; default: the bundled model")]
 Threads = Annotated[int | None, typer.Option(help="threads; by default and at most one for each core")]
@@ -150,7 +149,7 @@ def generate(
             raise UsageError("the prompt is given twice, expected one of --prompt and --file")
         prompt = _prompt_file(file)
     elif prompt is None or prompt == "-":
-        prompt = terminal.read_prompt()
+        prompt = terminal.read_prompt(_MOST_CHARACTERS)
     if keep is not None and (system is not None or not context_shift):
         why = "without --context-shift" if system is None else "with --system, all of which is kept"
         raise UsageError(f"--keep has no effect {why}; leave it out")
@@ -246,21 +245,14 @@ def _prompt_file(path: Path) -> str:
     if str(path) == "-":
         from . import terminal
 
-        return terminal.read_prompt()
-    return _small_text(path).removesuffix("\n")
-
-
-def _small_text(path: Path) -> str:
-    with contextlib.suppress(OSError):  # which reading it will tell
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise UsageError(f"{path} is {size / 1e6:.0f} MB long, expected at most {_MOST_BYTES / 1e6:.0f} MB")
-    return read_text(path)
+        return terminal.read_prompt(_MOST_CHARACTERS)
+    return read_text(path, _MOST_CHARACTERS).removesuffix("\n")
 
 
 def _either(option: str, text: str | None, path: Path | None) -> str | None:
     if text is not None and path is not None:
         raise UsageError(f"expected one of {option} and {option}-file")
-    return text if path is None else _small_text(path)
+    return text if path is None else read_text(path, _MOST_CHARACTERS)
 
 
 def _bias(text: str) -> tuple[int, float]:

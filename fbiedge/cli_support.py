@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from .cached_session import CachedSession
 
 
-def read_text(path: Path) -> str:
-    """The text in `path`. Raises UsageError."""
+def read_text(path: Path, most: int | None = None) -> str:
+    """The text in `path`, of at most so many characters. Raises UsageError; no more is read than is needed for that."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(-1 if most is None else most + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"can't read the text {path}: {getattr(error, 'strerror', None) or error}") from error
+    if most is not None and len(text) > most:
+        raise UsageError(f"{path} is too long, expected at most {most:,} characters")
+    return text
 
 
 @contextlib.contextmanager

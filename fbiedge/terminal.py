@@ -72,11 +72,14 @@ def print_text(text: str) -> None:
     print(text, flush=True)
 
 
-def read_prompt() -> str:
-    """The prompt that is piped in, without its last line break. Raises UsageError where there is none."""
+def read_prompt(most: int) -> str:
+    """The prompt that is piped in, without its last line break. Raises UsageError where there is none or it is longer."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("there is no prompt; give one with -p TEXT or pipe one in")
-    return sys.stdin.read().removesuffix("\n")
+    text = sys.stdin.read(most + 1)
+    if len(text) > most:
+        raise UsageError(f"the prompt is too long, expected at most {most:,} characters")
+    return text.removesuffix("\n")
 
 
 @contextlib.contextmanager

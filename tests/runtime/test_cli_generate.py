@@ -149,11 +149,20 @@ def test_options_are_checked_before_a_model_is_opened(fbiedge: Run, option: str)
         assert "expected" in one_error_line(fbiedge(*command, "/nonexistent/model.onnx", option))
 
 
-def test_a_prompt_file_that_is_too_large_is_not_read(fbiedge: Run, tmp_path: Path) -> None:
+def test_a_text_that_is_too_long_is_not_read_whole(
+    fbiedge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "large.txt"
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert "expected at most" in one_error_line(fbiedge("generate", "-f", path))
+    for option in ("--file", "--json-schema-file", "--grammar-file"):
+        given = [] if option == "--file" else ["-p", "a"]
+        line = one_error_line(fbiedge("generate", *given, option, path))
+        assert line == f"error: {path} is too long, expected at most 64,000,000 characters\n"
+    monkeypatch.setattr("fbiedge.cli_generate._MOST_CHARACTERS", 5)
+    for arguments in ([], ["-p", "-"], ["-f", "-"]):
+        line = one_error_line(fbiedge("generate", *arguments, stdin="123456"))
+        assert line == "error: the prompt is too long, expected at most 5 characters\n"
 
 
 def test_without_these_options_their_modules_are_not_loaded() -> None:
