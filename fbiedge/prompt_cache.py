@@ -112,9 +112,8 @@ class PromptCache:
             if header.get(key) != self._identity[key]:
                 was = header.get(key) if key != "model" else header.get("name")
                 now = self._identity[key if key != "model" else "name"]
-                raise UsageError(
-                    f"the prompt cache {self.path} is of another {whose} ({was}, this is {now}); {instead}"
-                )
+                names = f"{was}, this is {now}" if was != now else f"of the same name, {now}"
+                raise UsageError(f"the prompt cache {self.path} is of another {whose} ({names}); {instead}")
         if tokens > self._session.capacity:
             raise UsageError(
                 f"the prompt cache {self.path} holds {tokens} tokens, more than the context of {self._session.capacity}; "

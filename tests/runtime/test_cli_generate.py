@@ -108,6 +108,19 @@ def test_a_prompt_cache(fbiedge: Run, tmp_path: Path) -> None:
     assert fbiedge(*chat, stdin="Hello\n") == fbiedge(*chat, stdin="Hello\n")
 
 
+@pytest.mark.parametrize("how", [GREEDY, ["--seed", 4], ["--seed", 5, "--repetition-penalty", 1.2]])
+def test_all_at_once(fbiedge: Run, tmp_path: Path, how: list[object]) -> None:
+    """A constraint, a bias, a full context, guesses and a cache: none changes what the others do."""
+    arguments = ["generate", "-p", "Lily", "--regex", "[a-z ]{200}", "--logit-bias", "264+1.5", "--context", 30, *how]
+    arguments += ["--context-shift", "--stop", "zzz"]
+    code, plain, err = fbiedge(*arguments)
+    assert code == 0 and re.fullmatch("[a-z ]{200}\n", plain) and "tokens forgotten" in err
+    for _ in range(2):  # the second from the file
+        code, out, err = fbiedge(*arguments, "--lookup-tokens", 9, "--prompt-cache", tmp_path / "cache")
+        assert (code, out) == (0, plain) and "tokens forgotten" in err
+    assert "(1 cached)" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

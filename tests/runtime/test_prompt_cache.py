@@ -179,6 +179,7 @@ def rewritten(content: bytes, **changes: Any) -> bytes:
     [
         ({"version": 2}, "is of another version (2, this is 1)"),
         ({"model": "0" * 32, "name": "other.onnx"}, "is of another model (other.onnx, this is model.onnx)"),
+        ({"model": "0" * 32}, "is of another model (of the same name, model.onnx)"),
         ({"engine": "abacus"}, "is of another engine (abacus, this is "),
         ({"kv_cache": "fp32"}, "is of another precision (fp32, this is int8)"),
         ({"tokens": 10**9}, "is damaged"),
