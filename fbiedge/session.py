@@ -86,9 +86,10 @@ class Session(CachedSession):
         check_context(context, model.config)
         is_stock = model.metadata.get("operators") == "stock"
         if is_stock and accuracy_level not in (None, model.accuracy_level):
+            bits = " and --stock-bits 2 or 4" if accuracy_level == "int8" else ""  # 1 bit is fp32 alone
             raise UsageError(
                 f"{model.path} is of stock operators, whose level is in the file: {model.accuracy_level}; "
-                f"export it with --accuracy-level {accuracy_level}"
+                f"export it with --accuracy-level {accuracy_level}{bits}"
             )
 
         options = ort.SessionOptions()

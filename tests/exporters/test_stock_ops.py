@@ -253,7 +253,9 @@ def test_sessions_run_them_without_the_library(make_weights: MakeWeights, tmp_pa
     assert session.description == "stock ops, fp32 activations"
     expected = Reference(weights).logits(PROMPT)
     np.testing.assert_allclose(session.all_logits(PROMPT), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    with pytest.raises(UsageError, match="is of stock operators, whose level is in the file: fp32; export it with"):
+    with pytest.raises(
+        UsageError, match="is of stock operators, whose level is in the file: fp32; export it with .* or 4$"
+    ):
         Session.open(path, accuracy_level="int8")
     assert verify_export(weights, path, PROMPT).top1_agreement == 1
 
