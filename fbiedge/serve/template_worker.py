@@ -1,4 +1,4 @@
-"""Renders a chat template in a process of its own, which can be ended: `python -m fbiedge.serve.template_worker`.
+"""Renders a chat template in a process of its own, which can be ended.
 
 A template is a program from whoever made the model. Jinja's sandbox keeps it from files and from Python, but not from
 looping for ever or from doubling a text until memory is full. So the system sets the bounds: memory (not on Windows and
@@ -55,7 +55,3 @@ def _limit() -> None:
             resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
         except (OSError, ValueError):  # a system that doesn't know it
             continue
-
-
-if __name__ == "__main__":
-    main()

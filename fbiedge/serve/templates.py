@@ -14,6 +14,10 @@ from ..chat_template import ChatTemplate, Message
 from .api_error import invalid
 
 SECONDS = 5.0  # a template takes a millisecond
+# No file of the current folder may pass for a module. (Python 3.11 has -P for this.)
+_WORKER = (
+    "import sys; sys.path = [path for path in sys.path if path]; from fbiedge.serve.template_worker import main; main()"
+)
 
 
 class BoundedTemplate:
@@ -62,11 +66,10 @@ class BoundedTemplate:
     def _started(self) -> subprocess.Popen[str]:
         if self._worker is None or self._worker.poll() is not None:
             self._worker = subprocess.Popen(
-                [sys.executable, "-m", "fbiedge.serve.template_worker"],
+                [sys.executable, "-c", _WORKER],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii",
                 # One thread of numpy's: the memory that others would reserve counts, too.
-                # Nor may a file of the current folder pass for a module.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is for the server, which ends this
             )  # fmt: skip
             _send(self._worker, {"source": self._template.source, "special_tokens": self._template.special_tokens})

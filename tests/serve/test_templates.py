@@ -61,6 +61,18 @@ def test_none_is_run_before_it_is_asked() -> None:
     subprocess.run([sys.executable, "-c", code, *HOSTILE.values()], timeout=20, check=True)
 
 
+def test_no_file_of_the_current_folder_passes_for_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "jinja2", "fbiedge", "resource"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
+    monkeypatch.chdir(tmp_path)
+    template = BoundedTemplate(ChatTemplate("{{ messages[0].content }}"), longest=1000)
+    try:
+        assert template.render(HELLO) == "Hello"
+    finally:
+        template.close()
+    assert not Path("imported").exists()
+
+
 def test_the_next_conversation_is_rendered_all_the_same() -> None:
     source = (
         "{% if messages[0].content == 'loop' %}" + HOSTILE["endless"] + "{% else %}{{ messages[0].content }}{% endif %}"
