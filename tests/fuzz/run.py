@@ -1,4 +1,4 @@
-"""Damages model files and runs the real commands on them; whatever isn't a result or one clear line is a finding.
+"""Damages model files and prompt caches and runs the real commands on them; what isn't a result or one line is a finding.
 
     python tests/fuzz/run.py --seconds 600 [--seed 0] [--only gguf] [--jobs 2] [--save FOLDER]
     python tests/fuzz/run.py --replay FOLDER/onnx-17          one case again, in this process

@@ -1,4 +1,4 @@
-"""Damaged model files: the readers refuse them or read what is within the file, and commands end in one line.
+"""Damaged model files and prompt caches: readers refuse them or read what is within, and commands end in one line.
 
 `make fuzz` runs the second for longer, with other seeds.
 """
