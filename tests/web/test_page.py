@@ -49,10 +49,12 @@ def chat(visited: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_bundled_model_as_it_is_answers_as_the_cli_does(threads: int, visit: Visit) -> None:
     """As the CLI with fp32 activations: onnxruntime-web's MatMulNBits rounds none, whatever level the file asks for."""
-    page = visit(MODEL, settings={**GREEDY, "threads": threads}).ready()
+    page = visit(MODEL, settings={**GREEDY, "threads": threads, "maxTokens": 48}).ready()
     assert f"WebAssembly, {threads} thread" in page.page.inner_text("#engine")
     turns = TALKS[threads - 1]
-    assert as_in_a_pipe([page.ask(turn) for turn in turns]) == cli(MODEL, turns, "--accuracy-level", "fp32")
+    assert as_in_a_pipe([page.ask(turn) for turn in turns]) == cli(
+        MODEL, turns, "--accuracy-level", "fp32", "--max-tokens", "48"
+    )
     page.close()
 
 
@@ -70,7 +72,6 @@ def test_a_full_context_forgets_the_oldest_turns_as_the_cli_does(chat: Any, ligh
 
 def test_a_turn_runs_only_what_the_cache_lacks(chat: Any) -> None:
     chat.ask("Hi! How are you?")
-    assert "still in the cache" not in chat.details
     chat.ask("Do you have any pets?")
     prompt, cached = (int(word) for word in chat.details.replace(",", "").split() if word.isdigit())
     assert 0 < prompt - cached <= 16

@@ -13,12 +13,14 @@ from support.tiny_model import CHAT_TEMPLATE, tiny_model
 def test_webgpu_writes_what_webassembly_writes(
     chromium: Callable[[list[str]], Any], libraries: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = tiny_model(tmp_path, export={"operators": "stock", "stock_bits": 4}, chat_template=CHAT_TEMPLATE)
+    model = tiny_model(
+        tmp_path, export={"operators": "stock", "stock_bits": 4}, chat_template=CHAT_TEMPLATE, num_hidden_layers=1
+    )
     browser = chromium(SOFTWARE_GPU)
     answers = {}
     with serving(model, libraries) as url:
         for engine in ("wasm", "webgpu"):
-            page = ChatPage(browser, url, settings={"temperature": 0, "maxTokens": 4, "engine": engine}).ready()
+            page = ChatPage(browser, url, settings={"temperature": 0, "maxTokens": 2, "engine": engine}).ready()
             assert page.page.inner_text("#engine").startswith("WebGPU" if engine == "webgpu" else "WebAssembly")
             answers[engine] = [page.ask("one")]
             page.page.click("text=Regenerate")
