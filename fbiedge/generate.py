@@ -65,7 +65,7 @@ class GenerationOptions:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id, added before everything else
     constraint: Constraint | None = None  # what the text must be
     logprobs: int | None = None  # None: none; k: that of the token and of the k most likely ones
-    lookup_tokens: int = 0  # guess at most so many tokens from what was said before; the text stays the same
+    lookup_tokens: int = 0  # guess at most so many tokens from what was said before, see lookup.py
     context_shift: bool = False  # forget the oldest tokens where the context is full
     keep_tokens: int = 1  # of the prompt's first ones, which a shift leaves: models lean on the very first
 
