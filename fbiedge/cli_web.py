@@ -51,10 +51,7 @@ def web(
         terminal.print_text(f"{server.url}  Ctrl-C ends")
         if open_page:
             _open_browser(server.url)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return
+        server.serve_forever()
 
 
 def _open_browser(url: str) -> None:

@@ -23,6 +23,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any, BinaryIO
 
 from .. import __version__
@@ -113,6 +114,10 @@ class PageServer(ThreadingHTTPServer):
             return False
         # An address can't be rebound. Beyond loopback, any of this machine's may have been typed.
         return address.is_loopback or not ipaddress.ip_address(str(self.server_address[0])).is_loopback
+
+    def server_bind(self) -> None:
+        """As in the base class, which besides asks DNS what this machine is called: nobody here wants to know."""
+        TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """As in the base class, with at most so many threads; who comes when there are too many is sent away."""

@@ -7,7 +7,10 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -29,13 +32,24 @@ def fake_libraries(tmp_path: Path) -> Path:
     return folder
 
 
+@contextmanager
+def running(*arguments: str, **process: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command, which is gone at the end, whatever the test did."""
+    command = [*COMMAND, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **process) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
 def refused(*arguments: str, **environment: str) -> str:
     """The one line of an error that ends the command with 2."""
     done = subprocess.run(
         [*COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env={**os.environ, **environment},
     )
@@ -45,19 +59,17 @@ def refused(*arguments: str, **environment: str) -> str:
     return line
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_it_prints_its_address_and_ends_when_told(number: int, code: int, fake_libraries: Path) -> None:
-    with subprocess.Popen(
-        [*COMMAND, "--assets", str(fake_libraries)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        assert running.stdout is not None and running.stderr is not None
-        line = running.stdout.readline()
+    with running("--assets", str(fake_libraries)) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
         address = line.split()[0]
         assert address.startswith("http://127.0.0.1:") and "Ctrl-C ends" in line
-        assert httpx.get(f"{address}model.json").json()["name"] == "default"
-        running.send_signal(number)
-        assert running.wait(10) == code
-        assert running.stderr.read() == ""
+        assert httpx.get(f"{address}model.json", timeout=60).json()["name"] == "default"
+        process.send_signal(number)
+        assert process.wait(60) == code
+        assert process.stderr.read() == ""
 
 
 def test_without_npm_it_says_what_to_do(tmp_path: Path) -> None:
@@ -95,9 +107,8 @@ def test_npm_is_asked_once_and_runs_no_scripts(tmp_path: Path) -> None:
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
     }
     for _ in range(2):
-        with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True, env=environment) as running:
-            assert running.stdout is not None and running.stdout.readline().startswith("http://")
-            running.send_signal(signal.SIGINT)
+        with running(env=environment) as process:
+            assert process.stdout is not None and process.stdout.readline().startswith("http://")
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 1 and asked[0].startswith("ci --ignore-scripts --omit=dev")
     kept = sorted(
