@@ -174,6 +174,14 @@ def place(model: Model, where: Team) -> Model:
     return model
 
 
+def spread(model: nn.Module) -> None:
+    """Undo what a forward without a backward leaves gathered: only spread parameters are those the optimizer knows."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest list of modules in it, which of a causal language model are its layers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

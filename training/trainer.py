@@ -17,7 +17,7 @@ from .data import Batches
 from .divergence import LossWatch
 from .loss import Losses, head_losses
 from .model import DecoderLayer, Llama
-from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, team
+from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, spread, team
 from .quantized_head import quantized
 from .state import RunState
 
@@ -141,6 +141,7 @@ class Objective:
             for step in range(steps)
             for share, ids, targets in self._micro_batches(held_out, step)
         ]
+        spread(self.model)
         return self.here.mean((torch.stack(losses).double().sum() / steps)[None])[0]
 
     def _losses(self, ids: Tensor, targets: Tensor, teacher: Llama | None) -> Losses:

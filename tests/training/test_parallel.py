@@ -39,7 +39,7 @@ def prepared(text: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("prepared")
     kinds: dict[str, tuple[str, bool, dict[str, Any]]] = {
         "column": ("column", False, {}),
-        "shared": ("column", True, {"activation_checkpointing": True}),
+        "shared": ("column", True, {"activation_checkpointing": True, "eval_every": 3}),  # as often as it saves
         "micro": ("column", True, {"micro_batch_size": 1, "one_hot_share": 0.3}),
         "background": ("row", True, {"async_checkpoint": True}),
         "bf16": ("column", True, {"bf16": True}),
