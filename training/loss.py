@@ -83,7 +83,8 @@ class _HeadLosses(torch.autograd.Function):
             target = None
             if teacher is not None and guide_weight is not None:
                 target = F.linear(teacher[0][rows].to(dtype), guide_weight).float().softmax(-1)
-                sums[1] += (normalizer - torch.linalg.vecdot(target, logits)).sum()
+                with torch.autocast(kind, enabled=False):  # which would round both to its dtype
+                    sums[1] += (normalizer - torch.linalg.vecdot(target, logits)).sum()
             if grad_features is None and grad_head is None:
                 continue
             if target is not None:

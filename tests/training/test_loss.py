@@ -68,6 +68,18 @@ def test_under_autocast_gradients_are_as_far_from_float32_as_the_definitions() -
         assert (ours - right).norm() < 1.2 * (theirs - right).norm() + 1e-3 * right.norm()
 
 
+def test_under_autocast_products_alone_are_rounded() -> None:
+    """Losses as the definition has them from the same logits: one hundred thousandth, where bf16 has three digits."""
+    random = torch.Generator().manual_seed(6)
+    features, head = torch.randn(*P, 32, generator=random), torch.randn(500, 32, generator=random)
+    teacher = torch.randn(*P, 32, generator=random), torch.randn(500, 32, generator=random)
+    targets = torch.randint(0, 500, P, generator=random)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = whole(features, head, targets, teacher, 0.5)
+        found = head_losses(features, head, targets, teacher=teacher, one_hot_share=0.5, chunk=8)
+    torch.testing.assert_close(found, Losses(*expected), atol=0, rtol=1e-5)
+
+
 def test_a_student_equal_to_its_teacher_reaches_the_teachers_entropy_and_no_less() -> None:
     features, head, targets, _ = problem(3)
     logits = F.linear(features, head)
