@@ -17,7 +17,7 @@ from fbiedge.model_file import ModelFile
 from fbiedge.web.server import PageServer
 from fbiedge.web.site import make_site
 
-READY = 20_000  # milliseconds in which everything happens, on a busy machine too
+READY = 60_000  # milliseconds in which everything happens, on a busy machine too
 _CALM = [
     "--headless=new", "--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",

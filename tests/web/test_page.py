@@ -175,7 +175,7 @@ def test_everything_to_operate_has_a_name_and_answers_are_announced(chat: Any) -
 
 
 def test_settings_are_checked_kept_and_taken_back(visit: Visit, light: Path) -> None:
-    chat = visit(light).ready()
+    chat = visit(light, settings={"system": "Be brief.", "of another version": 1}).ready()
     page = chat.page
     page.click("#open-settings")
     field = page.get_by_role("spinbutton", name="Top-p")
@@ -196,6 +196,27 @@ def test_settings_are_checked_kept_and_taken_back(visit: Visit, light: Path) -> 
     assert field.input_value() == "0.9"
     assert page.get_by_role("spinbutton", name="Temperature").input_value() == "0.7"
     assert page.get_by_role("textbox", name="System prompt").count() == 0, "this model's template takes none"
+    page.keyboard.press("Escape")
+    assert chat.ask("Hi! How are you?"), "a system prompt that was kept for another model is left out"
+    chat.close()
+
+
+def test_a_model_that_is_loaded_again_forgets_the_answer_that_was_being_written(visit: Visit, light: Path) -> None:
+    chat = visit(light, settings={**GREEDY, "threads": 1}).ready()
+    page = chat.page
+    whole = chat.ask(STORY)
+    page.click("text=Regenerate")
+    held: list[Any] = []
+    page.route("**/model.json", lambda route: held.append(route), times=1)
+    chat.set(Threads=2)
+    page.wait_for_selector("text=Loading the model")
+    page.wait_for_timeout(300)  # in which the old answer ends
+    assert page.is_disabled("#new-chat"), "nothing can be asked before the model is there"
+    held[0].continue_()
+    chat.ready()
+    assert page.inner_text("#engine").endswith("2 threads")
+    assert page.locator(".message").count() == 0
+    assert chat.ask(STORY) == whole
     chat.close()
 
 

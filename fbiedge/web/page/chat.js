@@ -44,10 +44,10 @@ export class Chat {
 
   /**
    * Forget the conversation.
-   * @param {string} system  the next one's system prompt; empty for none
+   * @param {string} system  the next one's system prompt; empty for none, as for a template that takes none
    */
   reset(system) {
-    this.system = system ? [{ role: "system", content: system }] : [];
+    this.system = system && this.template?.takesSystem ? [{ role: "system", content: system }] : [];
     this.talk = this.before = { turns: [], plainIds: [] };
   }
 

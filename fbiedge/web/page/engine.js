@@ -38,6 +38,7 @@ export class Engine {
    */
   load(engine, threads, onProgress) {
     this.worker?.terminate();
+    this.#noDeadline(); // of a stop that this worker has been spared
     this.#start();
     return /** @type {any} */ (this.#converse({ type: "load", engine, threads }, "ready", onProgress));
   }
@@ -58,6 +59,7 @@ export class Engine {
     this.#post({ type: "stop" });
     this.deadline ||= setTimeout(() => {
       this.worker?.terminate();
+      this.worker = undefined;
       this.giveUp?.(new EngineError("The model did not stop.", false));
     }, PATIENCE);
   }
@@ -100,9 +102,11 @@ export class Engine {
       worker.onmessageerror = () => reject(new EngineError("The page's worker sent what can't be read.", false));
       this.#post(request);
     });
-    return done.finally(() => {
-      clearTimeout(this.deadline);
-      this.deadline = undefined;
-    });
+    return done.finally(() => this.#noDeadline());
+  }
+
+  #noDeadline() {
+    clearTimeout(this.deadline);
+    this.deadline = undefined;
   }
 }

@@ -21,7 +21,7 @@ const progress = /** @type {HTMLProgressElement} */ ($("progress"));
 const engine = new Engine();
 const conversation = new ConversationView($("messages"), $("scroll"), $("to-end"));
 const settings = new SettingsView(/** @type {HTMLDialogElement} */ ($("settings")), (name) => {
-  if ((name === "engine" || name === "threads") && state !== "loading") load();
+  if (name === "engine" || name === "threads") load();
   if (name === "system" && state === "ready" && conversation.list.childElementCount === 0) startChat();
 });
 
@@ -167,17 +167,19 @@ async function answer(text) {
         if (tokens > SHOWN_FROM) view.about([`${rate(tokens - 1, (performance.now() - first) / 1000)} tok/s`]);
       }
     });
+    if (!view.element.isConnected) return; // the model is being loaded again
     const nothing = stats.generatedIds.length === 0 && stats.finishReason === "cancelled";
     if (nothing) takeBack(question, view, text);
     else finish(view, text, stats);
   } catch (error) {
+    if (!view.element.isConnected) return;
     takeBack(question, view, text);
     const full = error instanceof EngineError && error.contextFull;
     if (full) notify(error.message, "New chat", startChat);
     else notify(`The answer broke off: ${messageOf(error)}`, "Load again", load);
   }
   view.finish();
-  enter("ready");
+  enter(engine.worker ? "ready" : "failed");
   takeFocus();
 }
 

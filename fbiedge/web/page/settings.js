@@ -26,7 +26,7 @@ export class SettingsView {
     /** @type {Record<string, number | string>} */
     this.defaults = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, maxTokens: 0, system: "", engine: "auto", threads: 0 };
     /** @type {Record<string, number | string>} */
-    this.changed = readKept();
+    this.changed = Object.fromEntries(Object.entries(readKept()).filter(([name]) => Object.hasOwn(this.defaults, name)));
     this.form.addEventListener("change", ({ target }) => {
       const field = /** @type {HTMLInputElement} */ (target);
       if (this.#take(field)) onChange(field.name);
