@@ -17,8 +17,13 @@ def require(*programs: str) -> None:
     """Skip the test where one of `programs` is absent; with FBIEDGE_REQUIRE_BROWSER=1, fail."""
     missing = [name for name in programs if shutil.which(name) is None]
     if missing:
-        assert os.environ.get("FBIEDGE_REQUIRE_BROWSER") != "1", f"FBIEDGE_REQUIRE_BROWSER=1, but there is no {missing}"
-        pytest.skip(f"no {' or '.join(missing)}")
+        unavailable(f"there is no {' or '.join(missing)}")
+
+
+def unavailable(reason: str) -> None:
+    """As `require`, for whatever else a test lacks."""
+    assert os.environ.get("FBIEDGE_REQUIRE_BROWSER") != "1", f"FBIEDGE_REQUIRE_BROWSER=1, but {reason}"
+    pytest.skip(reason)
 
 
 def installed(source: Path) -> Path:
@@ -35,6 +40,7 @@ def installed(source: Path) -> Path:
         shutil.copy(path, target)
     command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
     done = subprocess.run(command, cwd=target, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    if done.returncode != 0:
+        unavailable(f"npm can't bring {source.name}: {done.stderr}")
     (target / "complete").touch()
     return target

@@ -12,6 +12,7 @@ import pytest
 from support import npm
 from support.bundled import MODEL
 
+from fbiedge.errors import OutputError
 from fbiedge.web import assets
 
 
@@ -21,7 +22,10 @@ def libraries() -> dict[str, Path]:
     npm.require("npm")
     folder = npm.BUILD / assets.cached_folder().name
     if not assets.is_complete(folder):
-        assets.install(folder)
+        try:
+            assets.install(folder)
+        except OutputError as error:
+            npm.unavailable(str(error))
     return assets.library_files(folder)
 
 

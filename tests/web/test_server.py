@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from fbiedge.model_file import ModelFile
 from fbiedge.web import assets, server
 from fbiedge.web.server import PageServer, Resource
 from fbiedge.web.site import PAGE, make_site
+
+http_get = functools.partial(httpx.get, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
 
 def ask(site: PageServer, request: bytes) -> bytes:
     """What comes back for raw bytes, until the server closes the connection."""
-    with socket.create_connection(site.server_address[:2], timeout=10) as connection:
+    with socket.create_connection(site.server_address[:2], timeout=60) as connection:
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -54,17 +57,17 @@ def test_everything_on_the_list_is_served_with_its_type(site: PageServer) -> Non
     types = {".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".html": "text/html",
              ".svg": "image/svg+xml", ".wasm": "application/wasm", ".json": "application/json"}  # fmt: skip
     for path in site.resources:
-        answer = httpx.get(f"{site.url.rstrip('/')}{path}")
+        answer = http_get(f"{site.url.rstrip('/')}{path}")
         assert answer.status_code == 200, path
         wanted = types.get(Path(path).suffix or ".html", "application/octet-stream")
         assert answer.headers["content-type"].partition(";")[0] == wanted, path
-    assert httpx.get(f"{site.url}model/default.onnx").content == MODEL.read_bytes()
-    assert httpx.get(site.url).content == (PAGE / "index.html").read_bytes()
+    assert http_get(f"{site.url}model/default.onnx").content == MODEL.read_bytes()
+    assert http_get(site.url).content == (PAGE / "index.html").read_bytes()
 
 
 def test_the_page_is_isolated_and_may_load_from_here_only(site: PageServer) -> None:
     for path in ("/", "/worker.js", "/model.json", "/nowhere"):
-        headers = httpx.get(f"{site.url.rstrip('/')}{path}").headers
+        headers = http_get(f"{site.url.rstrip('/')}{path}").headers
         assert headers["cross-origin-opener-policy"] == "same-origin"
         assert headers["cross-origin-embedder-policy"] == "require-corp"
         assert headers["cross-origin-resource-policy"] == "same-origin"
@@ -174,9 +177,9 @@ def test_a_request_with_a_body_ends_the_connection(site: PageServer) -> None:
 
 def test_what_has_not_changed_is_not_sent_again(site: PageServer) -> None:
     for path in ("model/default.onnx", "model.json", "style.css"):
-        first = httpx.get(site.url + path)
+        first = http_get(site.url + path)
         assert first.headers["cache-control"] == "no-cache"
-        again = httpx.get(site.url + path, headers={"If-None-Match": f'"x", {first.headers["etag"]}'})
+        again = http_get(site.url + path, headers={"If-None-Match": f'"x", {first.headers["etag"]}'})
         assert again.status_code == 304 and again.content == b""
 
 
@@ -188,9 +191,9 @@ def test_external_data_is_served_beside_the_graph_and_a_file_that_is_gone_is_404
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            assert httpx.get(f"{running.url}model/weights.data").content == b"1234"
+            assert http_get(f"{running.url}model/weights.data").content == b"1234"
             data.unlink()
-            assert httpx.get(f"{running.url}model/weights.data").status_code == 404
+            assert http_get(f"{running.url}model/weights.data").status_code == 404
         finally:
             running.shutdown()
             thread.join()
@@ -201,7 +204,7 @@ def test_silent_and_too_many_clients_do_not_keep_others_out(site: PageServer, mo
     silent = [socket.create_connection(site.server_address[:2]) for _ in range(80)]
     try:
         for connection in silent:
-            connection.settimeout(10)
+            connection.settimeout(60)
             assert connection.recv(1) == b""  # turned away, or given up on
         assert status(get(site, "/", "Connection: close")) == 200
     finally:
