@@ -4,7 +4,7 @@ Everything is kept in build/arm-machine/ for the next run. The first time takes 
 signed packages into lists of its own, so that nothing of this system changes and nobody needs to be root, and pip 60 MB.
 
     machine = ArmMachine.create()
-    machine.run("cortex-a72", "-c", "import onnxruntime")
+    subprocess.run([machine.python(folder, "cortex-a72"), "-c", "print()"])   # PYTHONPATH: machine.packages
 """
 
 from __future__ import annotations
