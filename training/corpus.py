@@ -74,7 +74,7 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Write `data` into `folder`; returns data.json's contents.
 
-    Without `held_out`: of texts every 50th document is held out, of samples the last 2 % or 2048 of the last source.
+    Without `held_out`: of texts every 50th document is held out, of samples a part of one source (sample_shards.py).
     Raises UsageError. What an earlier, unfinished attempt left is removed, or used where samples note it as done.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -148,12 +148,12 @@ def _write(
         def training_part() -> Iterator[str]:
             for document, left_out in split_held_out(documents):
                 if left_out:
-                    for ids in encode([left_out], tokenizer, bos, eos):
+                    for ids in encode([left_out], tokenizer, bos, eos, dtype):
                         kept.add(ids)
                 if document:
                     yield document
 
-        for ids in encode(training_part() if hold_out else documents, tokenizer, bos, eos):
+        for ids in encode(training_part() if hold_out else documents, tokenizer, bos, eos, dtype):
             train.add(ids)
             if options.most_tokens is not None and sum(train.written) >= options.most_tokens:
                 break

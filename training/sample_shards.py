@@ -74,19 +74,21 @@ def write_sample_shards(
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Write the samples of `sources` into the folder `into`; returns the tokens of each shard there and in `held_out`.
 
-    held_out: takes the last 2 % of the last source, 2048 samples at most. processes: by default one for each core, where
-    there is enough to do. Raises UsageError, OutputError.
+    held_out: takes the last 2 % of the last source, 2048 samples at most; of the first, where `most_tokens` may end before
+    the others. processes: by default one for each core, where there is enough to do. Raises UsageError, OutputError.
     """
+    parted = len(sources) - 1 if most_tokens is None else 0
 
     def job(number: int, most: int | None) -> Job:
-        last = number == len(sources) - 1
         return Job(
-            number=number, source=sources[number], into=into, held_out=held_out if last else None,
+            number=number, source=sources[number], into=into, held_out=held_out if number == parted else None,
             vocab_size=vocab_size, skip_corrupt=corrupt.skip, most_tokens=most,
         )  # fmt: skip
 
-    for folder in filter(None, (into, held_out)):  # what an attempt with more sources or with texts left
-        remove_shards(folder, but=[f"{number:05}-" for number in range(len(sources))])
+    # What an attempt with other sources or with texts left.
+    remove_shards(into, but=[f"{number:05}-" for number in range(len(sources))])
+    if held_out is not None:
+        remove_shards(held_out, but=[f"{parted:05}-"])
     done: list[Done] = []
     if most_tokens is not None:  # how many are left is known when the source before is done
         while len(done) < len(sources) and (left := most_tokens - sum(sum(one.tokens) for one in done)) > 0:

@@ -171,6 +171,18 @@ def test_sources_are_written_by_any_number_of_processes_and_once(processes: int,
     assert fewer == ([297], [33]) and [path.name for path in into.glob("*.tokens")] == ["00000-00000.tokens"]
 
 
+def test_tokens_that_fewer_sources_have_are_held_out_of_too(tmp_path: Path) -> None:
+    sources = open_sources([amber(tmp_path / "amber", 3)], Corrupt())
+    into, kept = tmp_path / "c" / "train", tmp_path / "c" / "held_out"
+    write_sample_shards(into, kept, sources.samples[:1], 300, Corrupt())  # an attempt with other sources
+    manifest = write_corpus(
+        tmp_path / "c", sources, None, Vocabulary(size=300), DataOptions(most_tokens=33 * 80), Corrupt()
+    )
+    assert manifest["tokens"] == {"train": [33 * 59, 33 * 21], "held_out": [33]}
+    write_corpus(tmp_path / "c", sources, None, Vocabulary(size=300), DataOptions(), Corrupt())
+    assert [len(shard.tokens) for shard in open_part(tmp_path / "c", "held_out")] == [33]
+
+
 def test_a_run_on_amber_resumes_in_the_middle_of_a_shard(teacher: Path, tmp_path: Path) -> None:
     folder = amber(tmp_path / "amber", 2)
     plan = RunPlan(model=model_config("column"), training=training_config(steps=20), teacher=str(teacher))
