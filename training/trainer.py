@@ -68,7 +68,10 @@ def train(
     if not resume:
         state.forget()
     tokens_per_step = config.batch_size * config.sequence_length
-    for step in range(state.load(), config.steps):
+    first = state.load()
+    if first >= config.steps:  # all done, but perhaps it was killed between the last state and its model
+        save_model(model, run / "model", files)
+    for step in range(first, config.steps):
         started = time.perf_counter()
         parts = objective.backward(batches, step)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

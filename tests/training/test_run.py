@@ -150,6 +150,7 @@ def test_a_foreign_file_beside_the_model_costs_no_step(text: Path, tmp_path: Pat
         list(execute_run(run))
     (run / "model" / "notes.md").unlink()
     assert list(execute_run(run, resume=True)) == []  # the state of step 10 was saved
+    assert open_checkpoint(run / "model")  # and its model is written now
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
