@@ -1,7 +1,7 @@
 # Cross-compiles with the clang inside zig, which carries the C and C++ libraries of every system (pip install ziglang):
-#   -DCMAKE_TOOLCHAIN_FILE=runtime_ops/cmake/zig.cmake -DFBIEDGE_ZIG_TARGET=aarch64-linux-gnu.2.17
+#   cmake -S runtime_ops -DCMAKE_TOOLCHAIN_FILE=cmake/zig.cmake -DFBIEDGE_ZIG_TARGET=aarch64-linux-gnu.2.17
 # The target is processor-system-ABI; its number is the oldest glibc, or the oldest macOS, that the result runs on.
-set(FBIEDGE_ZIG zig CACHE STRING "zig's program")
+find_program(FBIEDGE_ZIG NAMES zig python-zig DOC "zig's program; python-zig is that of the package" REQUIRED)
 set(FBIEDGE_ZIG_TARGET "" CACHE STRING "What to compile for, as zig spells it")
 set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES FBIEDGE_ZIG FBIEDGE_ZIG_TARGET)
 

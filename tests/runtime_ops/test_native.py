@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.arm_machine import require
 from support.native import SOURCE, build, call, tool
 
 from fbiedge.config import PRESETS
@@ -99,11 +99,8 @@ EMULATED = {
 
 def test_neon_kernels_equal_the_scalar_ones_under_emulation(tmp_path: Path) -> None:
     """The native tests compare every kernel with the scalar one, bit for bit at the int8 level."""
-    missing = [name for name in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(name) is None]
-    if missing:
-        assert os.environ.get("FBIEDGE_REQUIRE_QEMU") != "1", f"FBIEDGE_REQUIRE_QEMU=1, but there is no {missing}"
-        pytest.skip(f"no {' or '.join(missing)} (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)")
-    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={SOURCE}/cmake/aarch64-linux-gnu.cmake"
+    require("aarch64-linux-gnu-g++", "qemu-aarch64")
+    toolchain = "-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake"  # as runtime_ops/README.md says it
     for program in sorted({name for _, programs in EMULATED.values() for name in programs}):
         build(tmp_path, toolchain, target=program)
 
