@@ -20,10 +20,7 @@ class Ended:
 
 def start(size: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
     """`python ARGUMENTS` on `size` processes that find each other, one thread each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -33,7 +30,13 @@ def start(size: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
     ]  # fmt: skip
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 120) -> list[Ended]:
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 600) -> list[Ended]:
     """Wait for all; none is left behind."""
     try:
         printed = [process.communicate(timeout=seconds)[0] for process in processes]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support import train_worker
-from support.processes import finish, start
+from support.processes import finish, free_port, start
 from support.tiny_run import model_config, training_config
 
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
@@ -70,7 +70,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly(text: P
     second.kill()
     began = time.monotonic()
     survivor, _ = finish([first, second])
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120  # it waits for nothing: gloo alone would give up after 30 minutes
     assert survivor.code == 2 and survivor.printed.count("error: ") == 1 and "Traceback" not in survivor.printed
     assert "process 0 of 2 ends, because another one ended" in survivor.printed
     at = int(saved_states(run)[-1].name)
@@ -110,7 +110,7 @@ def test_sigterm_to_one_process_saves_and_ends_all_with_130(text: Path, tmp_path
     command += ["--steps", "100000", "--checkpoint-every", "100000"]
     entry = ["-c", "import sys; from fbiedge.cli import main; main()"]
     processes = start(2, [*entry, *command])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.05)
@@ -134,7 +134,7 @@ def test_two_nodes_of_two_processes_on_this_machine(text: Path, tmp_path: Path) 
     command = [*train_command(text, tmp_path / "config.json", run)[1:], "--steps", "3"]
     environment = {
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-        "NODES": "2", "PROCESSES": "2", "HEAD": "127.0.0.1:29517",
+        "NODES": "2", "PROCESSES": "2", "HEAD": f"127.0.0.1:{free_port()}",
     }  # fmt: skip
     nodes = [
         subprocess.Popen(
