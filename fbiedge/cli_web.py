@@ -20,7 +20,9 @@ def web(
         ),
     ] = None,
     port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8081,
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other devices in")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 0.0.0.0 lets other devices in, on one thread and no GPU")
+    ] = "127.0.0.1",
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="open the page in a browser")] = True,
     assets: Annotated[
         Path | None, typer.Option(help="folder with the page's libraries; default: npm brings them the first time")

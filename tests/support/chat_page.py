@@ -32,9 +32,9 @@ def launch(playwright: Playwright, chromium: str, gpu: list[str]) -> Browser:
 
 
 @contextmanager
-def serving(model: Path, libraries: dict[str, Path]) -> Iterator[str]:
+def serving(model: Path, libraries: dict[str, Path], host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a server of `model`."""
-    with PageServer("127.0.0.1", 0, make_site(ModelFile.open(model), libraries)) as server:
+    with PageServer(host, 0, make_site(ModelFile.open(model), libraries)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

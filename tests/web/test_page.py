@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.bundled import MODEL
+from support.chat_page import NO_GPU, ChatPage, serving
 
 GREEDY = {"temperature": 0}
 TALKS = [
@@ -86,6 +88,22 @@ def test_stop_keeps_what_was_written_and_the_conversation_goes_on(chat: Any) -> 
     assert "stopped" in chat.about and whole.startswith(part) and 20 < len(part) < len(whole)
     assert chat.ask("Do you have any pets?")
     assert chat.page.locator(".message").count() == 4
+
+
+def test_a_model_that_does_not_stop_is_ended(chat: Any) -> None:
+    said = chat.run(
+        """async () => {
+            const { Engine } = await import("/engine.js");
+            const engine = new Engine(); // without a model, which never answers
+            const later = window.setTimeout;
+            window.setTimeout = (act) => later(act, 0);
+            const asked = engine.ask("?", {}, () => {});
+            engine.stop();
+            window.setTimeout = later;
+            return asked.catch((error) => [error.message, engine.worker === undefined]);
+        }"""
+    )
+    assert said == ["The model did not stop.", True]
 
 
 def test_regenerate_asks_the_same_again_in_the_same_place(chat: Any) -> None:
@@ -233,6 +251,27 @@ def test_it_fits_phones(visit: Visit, light: Path) -> None:
     phone.page.click("#new-chat")
     fits(phone, 320, 568)
     phone.close()
+
+
+def test_a_phone_is_let_in_without_gpu_and_threads(
+    chromium: Callable[[list[str]], Any], libraries: dict[str, Path], light: Path
+) -> None:
+    """By the address that other devices know this machine by. No browser trusts it, for want of HTTPS."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        try:
+            route.connect(("198.51.100.1", 9))  # an address for examples; nothing is sent
+        except OSError:
+            pytest.skip("this machine has no network")
+        address = route.getsockname()[0]
+    browser = chromium([*NO_GPU, f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {address}"])
+    with serving(light, libraries, host="0.0.0.0") as url:
+        phone = ChatPage(browser, url.replace("localhost", address), settings=GREEDY).ready()
+        assert phone.page.inner_text("#engine") == "WebAssembly, 1 thread"
+        assert "neither GPU nor threads" in phone.page.get_attribute("#engine", "title")
+        assert phone.ask(TALKS[0][0]) + "\n" == cli(light, TALKS[0][:1])
+        phone.errors.clear()  # the browser's own words about a header that it ignores
+        phone.close()
+    browser.close()
 
 
 def fits(page: Any, width: int, height: int) -> None:

@@ -100,6 +100,7 @@ async function openSession(files, description, choice, threads) {
  */
 async function reasonAgainstGpu(description, anyGpu) {
   const gpu = /** @type {any} */ (navigator).gpu;
+  if (!scope.isSecureContext) return "over plain HTTP, browsers give other devices neither GPU nor threads";
   if (!gpu) return "this browser has no WebGPU";
   const adapter = await gpu.requestAdapter();
   if (!adapter || (adapter.info?.isFallbackAdapter && !anyGpu)) return "there is no GPU";
