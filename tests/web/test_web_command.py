@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -70,6 +72,20 @@ def test_it_prints_its_address_and_ends_when_told(number: int, code: int, fake_l
         process.send_signal(number)
         assert process.wait(60) == code
         assert process.stderr.read() == ""
+
+
+def test_the_readmes_way_to_a_quick_page(fake_libraries: Path, tmp_path: Path) -> None:
+    """Its two commands, with the bundled model for model.onnx."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^fbiedge (export model\.onnx .*)\nfbiedge web (.*)$", readme, re.MULTILINE)
+    export, web = (command.split() for command in commands)
+    shutil.copy(MODEL, tmp_path / "model.onnx")
+    subprocess.run([sys.executable, "-m", "fbiedge.cli", *export], cwd=tmp_path, capture_output=True, check=True)
+    with running(*web, "--assets", str(fake_libraries), cwd=tmp_path) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[0]
+        described = httpx.get(f"{address}model.json", timeout=60).json()
+    assert described["name"] == "web" and described["kvCache"] == "fp32", "a GPU takes it too"
 
 
 def test_without_npm_it_says_what_to_do(tmp_path: Path) -> None:
