@@ -212,6 +212,17 @@ def test_silent_and_too_many_clients_do_not_keep_others_out(site: PageServer, mo
             connection.close()
 
 
+def test_a_client_without_a_thread_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with PageServer("127.0.0.1", 0, {}) as running:
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        for _ in range(server._MOST_CONNECTIONS + 1):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                running.process_request(None, None)
+
+
 def test_a_taken_port_is_one_line(site: PageServer) -> None:
     with pytest.raises(UsageError, match=r"can't listen on 127\.0\.0\.1 port \d+: .* choose another with --port"):
         PageServer("127.0.0.1", site.server_address[1], {})
