@@ -14,7 +14,8 @@ PAGE = Path(__file__).parent / "page"
 
 def make_site(model: ModelFile, libraries: dict[str, Path]) -> dict[str, Resource]:
     """Resources for the server. Raises ModelFileError for a model that can't be chatted with."""
-    described = json.dumps(describe(model), ensure_ascii=False, separators=(",", ":")).encode()
+    # A lone surrogate, which JSON may spell and UTF-8 may not, becomes "?", as it does before it is tokenized.
+    described = json.dumps(describe(model), ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     page = {f"/{path.name}": Resource(path) for path in sorted(PAGE.iterdir()) if path.is_file()}
     return {
         **page,

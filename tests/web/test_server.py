@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.bundled import MODEL
+from support.tiny_model import CHAT_TEMPLATE, tiny_model
 
 from fbiedge.errors import UsageError
 from fbiedge.model_file import ModelFile
@@ -210,6 +212,19 @@ def test_silent_and_too_many_clients_do_not_keep_others_out(site: PageServer, mo
     finally:
         for connection in silent:
             connection.close()
+
+
+def test_metadata_that_utf8_has_no_form_for_is_served_all_the_same(tmp_path: Path) -> None:
+    import onnx
+
+    path = tiny_model(tmp_path, chat_template=CHAT_TEMPLATE)
+    model = onnx.load(path)
+    (config,) = (prop for prop in model.metadata_props if prop.key == "fbiedge.tokenizer_config")
+    config.value = json.dumps({**json.loads(config.value), "unk_token": "\ud800"})
+    onnx.save(model, path)
+    described = make_site(ModelFile.open(path), {})["/model.json"].content
+    assert isinstance(described, bytes)
+    assert json.loads(described)["template"]["specialTokens"]["unk_token"] == "?"
 
 
 def test_a_client_without_a_thread_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
