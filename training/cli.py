@@ -15,7 +15,7 @@ from fbiedge.errors import UsageError
 from fbiedge.weights import open_checkpoint
 
 from .corpus import DataOptions, numbers
-from .parallel import agreed, is_first, joined, spoken_by_first
+from .parallel import agreed, is_first, joined, spoken_by_first, team
 from .plan import COLUMN_SHARED, RunPlan, TeacherDtype
 from .prepare import prepare_run
 from .progress import run_with_progress
@@ -100,7 +100,9 @@ def train(
     grad_clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
     one_hot_share: Annotated[
         float | None,
-        typer.Option(help="Share of the next-token loss beside distillation: 0 as published, 1 ignores the teacher."),
+        typer.Option(
+            help="Share of the next-token loss beside distillation: 0 as published, 1 only watches the teacher's."
+        ),
     ] = None,
     head: Annotated[
         str | None, typer.Option(help="fp32, or int8 or int4: rounded in training as that export will be.")
@@ -139,6 +141,8 @@ def train(
     with agreed(hours=True):
         if resume and init is not None:
             raise UsageError("--resume goes on from OUT's own weights; leave --init out")
+        if resume:
+            RunPlan.load(out)
         if not resume and is_first():
             if not data:
                 raise UsageError("no --data given; name a text file, or what else --help lists")
@@ -176,6 +180,7 @@ def train(
                 "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
             }  # fmt: skip
             recipe, training = resolved(preset_name, init is not None, given)
+            team().rows(training.batch_size)
             if training.sequence_length > model.max_position_embeddings:
                 raise UsageError(
                     f"sequences of {training.sequence_length} tokens are longer than the model's {model.max_position_embeddings} positions"

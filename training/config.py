@@ -59,10 +59,12 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed", "micro_batch_size"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("beta1", "beta2", "min_learning_rate_ratio", "one_hot_share"):
+        for name in ("min_learning_rate_ratio", "one_hot_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
-
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a number from 0 to below 1")
         if self.head not in get_args(HeadPrecision):
             raise UsageError(f"head is {self.head!r}, expected one of {', '.join(get_args(HeadPrecision))}")
 

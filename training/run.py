@@ -9,6 +9,7 @@ from typing import cast
 from fbiedge.weights import SIDECARS
 
 from .model import Llama
+from .parallel import agreed, team
 from .plan import COLUMN_SHARED, RunPlan
 from .prepare import check_teacher, open_batches, prepare_run
 from .shared_scales import share_scales
@@ -27,20 +28,21 @@ def execute_run(
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Train the run prepared in `run`, from its start or from its last saved state, until its end or until `stop()`."""
-    plan = RunPlan.load(run)
-    teacher = None
-    if plan.teacher is not None:
-        check_teacher(teacher_facts(Path(plan.teacher)), plan)
-        teacher = cast(Llama, load_teacher(Path(plan.teacher), plan.teacher_dtype))  # or one that is used alike
-    training = plan.training
-    if plan.init is None or (resume and has_state(run)):
-        model = Llama(plan.model).initialize(training.seed)
-    else:
-        model = start_from(Path(plan.init), plan.model.scaling_pattern)
-    if plan.shared_scales:
-        share_scales(model)
+    with agreed():  # what fails in all processes is said once
+        plan = RunPlan.load(run)
+        training, teacher = plan.training, None
+        team().rows(training.batch_size)
+        if plan.teacher is not None:
+            check_teacher(teacher_facts(Path(plan.teacher)), plan)
+            teacher = cast(Llama, load_teacher(Path(plan.teacher), plan.teacher_dtype))  # or one that is used alike
+        if plan.init is None or (resume and has_state(run)):
+            model = Llama(plan.model).initialize(training.seed)
+        else:
+            model = start_from(Path(plan.init), plan.model.scaling_pattern)
+        if plan.shared_scales:
+            share_scales(model)
+        batches, held_out_batches = open_batches(run, plan)
+        files = {name: (run / name).read_text() for name in SIDECARS if (run / name).exists()}
     if on_start is not None:
         on_start(model, plan)
-    batches, held_out_batches = open_batches(run, plan)
-    files = {name: (run / name).read_text() for name in SIDECARS if (run / name).exists()}
     yield from train(run, model, teacher, batches, held_out_batches, training, files, resume, stop)

@@ -123,6 +123,19 @@ def test_sigterm_to_one_process_saves_and_ends_all_with_130(text: Path, tmp_path
     assert (again.code, other.code) == (2, 2) and "holds a run already" in again.printed and not other.printed
 
 
+def test_what_no_process_can_do_is_said_once_and_before_data_are_prepared(text: Path, tmp_path: Path) -> None:
+    entry = ["-c", "import sys; from fbiedge.cli import main; main()"]
+    command = train_command(text, tmp_path / "config.json", tmp_path / "run")
+    for arguments, message in (
+        (["train", "--resume", "-o", str(tmp_path / "none")], "no run to resume"),
+        ([*command, "--batch-size", "3"], "a batch of 3 sequences can't be shared by 2 processes"),
+    ):
+        first, second = finish(start(2, [*entry, *arguments]))
+        assert (first.code, second.code) == (2, 2)
+        assert message in first.printed.replace("\n", " ") and not second.printed
+        assert not (tmp_path / "run").exists()
+
+
 def test_launch_files_are_sound() -> None:
     for file in LAUNCH.glob("*.sh"):
         subprocess.run(["bash", "-n", file], check=True)

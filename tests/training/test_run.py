@@ -200,6 +200,7 @@ def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pyte
         (["--data", "TEXT", "--seed", "-1"], "seed is -1"),
         (["--data", "TEXT", "--weight-decay", "-1"], "weight_decay is -1"),
         (["--data", "TEXT", "--grad-clip", "nan"], "grad_clip is nan"),
+        (["--data", "TEXT", "--beta2", "1"], "beta2 is 1.0"),
         (["--data", "TEXT", "--preset", "tiny", "--config", "TEXT"], "leave one out"),
         (["--data", "TEXT", "--config", "TEXT"], "not JSON"),
         (["--data", "TEXT", "--stepz", "3"], "fbiedge train --help"),
