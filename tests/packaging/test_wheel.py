@@ -18,7 +18,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out),
                "--config-settings", f"build-dir={out / 'build'}", str(ROOT)]  # fmt: skip
-    done = subprocess.run(command, text=True, capture_output=True, timeout=600, check=False)
+    done = subprocess.run(command, text=True, capture_output=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     (built,) = out.glob("*.whl")
     return built
@@ -58,7 +58,7 @@ def test_it_chats_when_installed_alone(wheel: Path, tmp_path: Path) -> None:
         env=environment,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
