@@ -28,9 +28,13 @@ class RunningServer:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", **self._options,
         )  # fmt: skip
         threading.Thread(target=self._read, daemon=True).start()
-        line = self.wait_for(r"serves .* at (http://\S+)/v1")
-        found = re.search(r"http://(\S+):(\d+)/v1", line)
-        assert found, line
+        try:
+            line = self.wait_for(r"serves .* at (http://\S+)/v1")
+            found = re.search(r"http://(\S+):(\d+)/v1", line)
+            assert found, line
+        except BaseException:
+            self.process.kill()  # without a server there is no end of the block that would
+            raise
         self.host, self.port = found[1].strip("[]"), int(found[2])
         self.url = f"http://{found[1]}:{found[2]}"
         return self
@@ -41,7 +45,7 @@ class RunningServer:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(20)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
