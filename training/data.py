@@ -104,10 +104,11 @@ def _windows(shard: Shard, length: int) -> int:
 
 def _grouped(shards: Sequence[Shard], counts: Sequence[int], most: int) -> list[_Group]:
     groups: list[_Group] = []
-    first = 0
+    first = windows = 0
     for at in range(1, len(shards) + 1):
+        windows += counts[at - 1]
         together = at < len(shards) and not shards[at].sample_length and not shards[first].sample_length
-        if not together or sum(counts[first : at + 1]) > most:
+        if not together or windows + counts[at] > most:
             groups.append(_Group(first, counts[first:at]))
-            first = at
+            first, windows = at, 0
     return groups

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from fbiedge.errors import OutputError
+from fbiedge.errors import OutputError, UsageError
 from fbiedge.files import atomic_file
 
 from .records import Corrupt, JsonLines, Records, samples
-from .shards import Ids, ShardWriter, remove_shards
+from .shards import SUFFIX, Ids, ShardWriter, open_shard, remove_shards
 
 SHARD_TOKENS_OF_SAMPLES = 1 << 33  # a chunk of Amber, 3.5 billion, is one shard
 MOST_HELD_OUT = 2048  # samples; four million tokens of Amber, whose chunks have 1.7 million samples
@@ -104,18 +104,27 @@ def write_sample_shards(
 
 
 def run_job(job: Job) -> Done:
-    """Write one source's shards, unless its note says that it is done."""
+    """Write one source's shards, unless its note says that they are done and they are there."""
     fingerprint = job.fingerprint()
     try:
         noted = json.loads(job.note.read_text())
-        if fingerprint is not None and noted["made_from"] == fingerprint:
-            return Done(**noted["done"])
-    except (OSError, ValueError, KeyError, TypeError):
+        earlier = Done(**noted["done"])
+        there = [_tokens_there(job, folder) for folder in (job.into, job.held_out)]
+        same = fingerprint is not None and noted["made_from"] == fingerprint
+        if same and there == [earlier.tokens, earlier.held_out]:
+            return earlier
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
         pass
     done = _write(job)
     with atomic_file(job.note) as temporary:
         temporary.write_text(json.dumps({"made_from": fingerprint, "done": vars(done)}))
     return done
+
+
+def _tokens_there(job: Job, folder: Path | None) -> list[int]:
+    """Of each shard of the job in `folder`. Raises UsageError for damaged ones."""
+    found = () if folder is None else sorted(folder.glob(f"{job.number:05}-*{SUFFIX}"))
+    return [len(open_shard(path).tokens) for path in found]
 
 
 def _write(job: Job) -> Done:

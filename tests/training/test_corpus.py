@@ -19,7 +19,7 @@ from fbiedge.training.corpus import DataOptions, Vocabulary, open_part, write_co
 from fbiedge.training.data import Batches
 from fbiedge.training.records import Corrupt
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
-from fbiedge.training.sample_shards import write_sample_shards
+from fbiedge.training.sample_shards import Job, run_job, write_sample_shards
 from fbiedge.training.shards import Shard, ShardWriter, open_shards
 from fbiedge.training.sources import open_sources
 
@@ -169,6 +169,18 @@ def test_sources_are_written_by_any_number_of_processes_and_once(processes: int,
 
     fewer = write_sample_shards(into, kept, sources[:1], 300, Corrupt(), most_tokens=330)
     assert fewer == ([297], [33]) and [path.name for path in into.glob("*.tokens")] == ["00000-00000.tokens"]
+
+
+def test_the_note_of_a_source_counts_only_beside_its_shards(tmp_path: Path) -> None:
+    (source,) = open_sources([amber(tmp_path / "amber", 1)], Corrupt()).samples
+    job = Job(number=0, source=source, into=tmp_path / "c", held_out=None, vocab_size=300, skip_corrupt=False,
+              most_tokens=None)  # fmt: skip
+    done = run_job(job)
+    shard = tmp_path / "c" / "00000-00000.tokens"
+    written = shard.stat().st_ino
+    assert run_job(job) == done and shard.stat().st_ino == written
+    shard.unlink()
+    assert run_job(job) == done and shard.exists()
 
 
 def test_tokens_that_fewer_sources_have_are_held_out_of_too(tmp_path: Path) -> None:
