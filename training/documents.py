@@ -44,18 +44,8 @@ def split_documents(blocks: Iterable[str]) -> Iterator[str]:
     return (document.strip() for document in _split_at_markers(blocks) if document.strip())
 
 
-def without_held_out(documents: Iterable[str]) -> Iterator[str]:
-    """All but every 50th document; of texts with fewer, the first 19/20 of each document."""
-    return (train for train, _ in split_held_out(documents) if train)
-
-
-def held_out(documents: Iterable[str]) -> Iterator[str]:
-    """What `without_held_out` leaves out."""
-    return (kept for _, kept in split_held_out(documents) if kept)
-
-
 def split_held_out(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each document as (what is trained on, what is held out), one of them empty or both a part."""
+    """Each document as (what is trained on, what is held out): every 50th is held out; of fewer, the last 1/20 of each."""
     start = list(itertools.islice(iterator := iter(documents), _HELD_OUT_EVERY))
     for index, document in enumerate(itertools.chain(start, iterator)):
         if len(start) == _HELD_OUT_EVERY:

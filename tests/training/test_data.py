@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from fbiedge.errors import UsageError
 from fbiedge.training.data import Batches
-from fbiedge.training.documents import encode, held_out, read_documents, without_held_out
+from fbiedge.training.documents import encode, read_documents, split_held_out
 from fbiedge.training.shards import Shard, open_shard, write_shard
 from fbiedge.training.tokenizer import train_tokenizer
 
@@ -100,7 +100,7 @@ def test_any_step_can_be_rebuilt_alone_and_epochs_differ() -> None:
 @pytest.mark.parametrize("count", [1, 3, 49, 50, 130])
 def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(count: int) -> None:
     documents = [f"{i} " + " ".join(f"w{i}x{j}" for j in range(60)) for i in range(count)]
-    train, kept = list(without_held_out(documents)), list(held_out(documents))
+    train, kept = ([part for part in parts if part] for parts in zip(*split_held_out(documents), strict=True))
     words = [word for document in documents for word in document.split()]
     assert sorted(word for part in (train, kept) for document in part for word in document.split()) == sorted(words)
     assert kept and len(" ".join(kept)) < 0.12 * len(" ".join(documents))

@@ -126,7 +126,8 @@ def test_several_processes_train_as_one_does(kind: str, together: tuple[Path, di
 def test_a_resumed_run_repeats_the_uninterrupted_one(together: tuple[Path, dict[str, Any]]) -> None:
     _, reports = together
     whole, stopped = reports["shared"], reports["stopped"]
-    assert [stopped[step]["loss"] for step in stopped] == [whole[step]["loss"] for step in whole]
+    for value in ("loss", "eval_loss"):
+        assert [stopped[step][value] for step in stopped] == [whole[step][value] for step in whole]
 
 
 def test_the_state_of_earlier_versions_is_resumed(together: tuple[Path, dict[str, Any]], alone: Path) -> None:
@@ -184,6 +185,24 @@ def test_half_a_state_is_passed_over_and_goes(alone: Path, tmp_path: Path) -> No
     expected = json.loads((alone / "column.json").read_text())[3:]
     assert [report.loss for report in execute_run(run, resume=True)] == expected
     assert [path.name for path in (run / "state").iterdir() if not (path / ".metadata").exists()] == []
+
+
+def test_what_is_saved_in_the_background_is_the_step_it_was_asked_at(tmp_path: Path) -> None:
+    def state_of(model: Llama) -> RunState:
+        team = Team(rank=0, size=1, device=torch.device("cpu"))
+        return RunState(tmp_path, model, torch.optim.AdamW(model.parameters()), LossWatch(2, 50), team, True)
+
+    model = Llama(model_config("column")).initialize(1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    state = state_of(model)
+    state.save(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)  # as the next step would, while it is written
+    state.finish()
+    again = Llama(model.config)
+    assert state_of(again).load() == 1
+    assert all(map(torch.equal, again.parameters(), before))
 
 
 @pytest.mark.parametrize("micro", [1, 3])
