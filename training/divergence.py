@@ -17,12 +17,13 @@ class LossWatch:
 
     The level is an exponential mean of the losses. A step is high when its loss is more than `jump` nats above the lowest
     level so far; `patience` high steps in a row end the run. Binary students have short spikes from which they recover,
-    while a loss that is back at guessing doesn't return: 2 nats are a third to a fifth of the way there.
+    while a loss that is back at guessing doesn't return: 2 nats are a third to a fifth of the way there. The first steps
+    only make the level, as one easy batch says nothing of it.
     """
 
     def __init__(self, jump: float, patience: int) -> None:
         self.jump, self.patience = jump, patience
-        self.level, self.lowest, self.high_steps = math.nan, math.inf, 0
+        self.level, self.lowest, self.high_steps, self.seen = math.nan, math.inf, 0, 0
 
     @property
     def is_calm(self) -> bool:
@@ -35,8 +36,11 @@ class LossWatch:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {advice}")
         taken = min(loss, self.lowest + self.jump)  # a spike of thousands says no more than a spike of two
-        self.level = taken if math.isnan(self.level) else self.level + (taken - self.level) / _MEMORY
-        self.lowest = min(self.lowest, self.level)
+        weight = 1 / min(self.seen + 1, _MEMORY)  # at first the plain mean
+        self.level = taken if self.seen == 0 else self.level + weight * (taken - self.level)
+        self.seen += 1
+        if self.seen >= _MEMORY:
+            self.lowest = min(self.lowest, self.level)
         self.high_steps = self.high_steps + 1 if loss > self.lowest + self.jump else 0
         if self.high_steps >= self.patience:
             return DivergedError(
@@ -46,8 +50,8 @@ class LossWatch:
         return None
 
     def state(self) -> Tensor:
-        return torch.tensor([self.level, self.lowest, self.high_steps], dtype=torch.float64)
+        return torch.tensor([self.level, self.lowest, self.high_steps, self.seen], dtype=torch.float64)
 
     def restore(self, state: Tensor) -> None:
-        self.level, self.lowest, high_steps = state.tolist()
-        self.high_steps = int(high_steps)
+        self.level, self.lowest, high_steps, seen = state.tolist()
+        self.high_steps, self.seen = int(high_steps), int(seen)

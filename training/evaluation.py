@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from fbiedge.errors import UsageError
+
 from .documents import encode, ids_dtype, read_documents
 from .loss import head_losses
 from .model import Llama
@@ -41,6 +43,7 @@ def held_out_loss(model: Llama, text: Path, tokenizer: Tokenizer, scratch: Path)
     """Loss of `model` in fp32 on the documents of `text`, in windows as long as its context.
 
     The last window, where the text ends inside it, is left out. `scratch` receives the text's token shard.
+    Raises UsageError for a text shorter than one window.
     """
     config = model.config
     bos, eos = config.bos_token_id, config.eos_token_id
@@ -48,6 +51,8 @@ def held_out_loss(model: Llama, text: Path, tokenizer: Tokenizer, scratch: Path)
     tokens = open_shard(scratch).tokens
     length = config.max_position_embeddings
     windows = (len(tokens) - 1) // length
+    if not windows:
+        raise UsageError(f"{text} has {len(tokens)} tokens, expected {length + 1} or more; give a longer text")
     total = 0.0
     for first in range(0, windows, WINDOWS_AT_ONCE):
         starts = [i * length for i in range(first, min(first + WINDOWS_AT_ONCE, windows))]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fbiedge.config import ModelConfig
+from fbiedge.errors import UsageError
 from fbiedge.training.evaluation import held_out_loss
 from fbiedge.training.model import Llama
 from fbiedge.training.tokenizer import train_tokenizer
@@ -38,3 +39,7 @@ def test_it_is_the_mean_over_every_whole_window(tmp_path: Path) -> None:
     assert windows > 9 and loss.tokens == 16 * windows  # more than one batch of windows
     assert loss.nats_per_token == pytest.approx(total / loss.tokens, rel=1e-5)
     assert loss.perplexity == pytest.approx(math.exp(loss.nats_per_token))
+
+    text.write_text("The hen.")
+    with pytest.raises(UsageError, match="expected 17 or more; give a longer text"):
+        held_out_loss(model, text, tokenizer, tmp_path / "shard")

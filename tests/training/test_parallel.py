@@ -262,6 +262,11 @@ def test_a_loss_that_rises_and_stays_ends_the_run_and_a_spike_does_not() -> None
         assert problem is not None and "has been more than 2 above that for 10 steps" in str(problem)
 
 
+def test_one_easy_batch_at_the_start_is_no_level() -> None:
+    watch = LossWatch(jump=2.0, patience=10)
+    assert all(watch.see(step, 3.5 if step else 1.0, 1.0) is None for step in range(200))
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
 def test_what_is_no_number_ends_the_run_at_once(loss: float, norm: float) -> None:
     assert "lower learning rate" in str(LossWatch(2.0, 50).see(1, loss, norm))
