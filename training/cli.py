@@ -29,6 +29,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def train(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the run; the checkpoint is written to OUT/model.")
     ],
@@ -139,9 +140,9 @@ def train(
     teacher (--scaling-pattern none). What no option says is the preset's, else for 1000 short steps on one machine."""
     console = Console(quiet=not is_first())
     with agreed(hours=True):
-        if resume and init is not None:
-            raise UsageError("--resume goes on from OUT's own weights; leave --init out")
         if resume:
+            if others := _given(context) - {"--out", "--resume"}:
+                raise UsageError(f"--resume goes on with {out}'s own options; leave {' and '.join(sorted(others))} out")
             RunPlan.load(out)
         if not resume and is_first():
             if not data:
@@ -224,6 +225,16 @@ def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:
         shown = "  ".join(f"{name}={value}" for name, value in values.items() if isinstance(value, str | int | float))
         console.print(f"{title}: {shown}", highlight=False, markup=False)
     console.print(f"all of it: {out / 'run.json'}", soft_wrap=True, markup=False)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The options that were typed, by their first names."""
+    typed = set()
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            typed.add(option.opts[0])
+    return typed
 
 
 def _shape(preset_name: str | None, config: Path | None) -> ModelConfig:

@@ -197,6 +197,7 @@ def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pyte
         (["--data", "TEXT", "--sequence-length", "100000"], "longer than the model's"),
         (["--data", "TEXT", "--teacher", "/nonexistent"], "nonexistent"),
         (["--resume"], "no run to resume"),
+        (["--resume", "--steps", "9", "--no-bf16"], "leave --bf16 and --steps out"),
         (["--data", "TEXT", "--seed", "-1"], "seed is -1"),
         (["--data", "TEXT", "--weight-decay", "-1"], "weight_decay is -1"),
         (["--data", "TEXT", "--grad-clip", "nan"], "grad_clip is nan"),
