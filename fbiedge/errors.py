@@ -6,6 +6,7 @@
     ├── ModelFileError           a model.onnx that is missing, not ONNX, truncated, or not written by fbiedge
     ├── OpLibraryError           the op library is missing or can't be loaded
     ├── DivergedError            a training whose loss is no longer a number; its last saved state is intact
+    ├── ElsewhereError           an error of a training on several processes, which the first of them explains
     └── OutputError              the output can't be written (disk full, no permission) or came out wrong
 
 A message is one line: what was got, what was expected, what to do.
@@ -43,6 +44,10 @@ class OpLibraryError(FbiEdgeError):
 
 class DivergedError(FbiEdgeError):
     """The loss of a training is no longer a number; the last saved state is intact."""
+
+
+class ElsewhereError(FbiEdgeError):
+    """Another process of this training prints the message; this one ends in silence."""
 
 
 class OutputError(FbiEdgeError):

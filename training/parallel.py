@@ -23,20 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from fbiedge.errors import FbiEdgeError, UsageError
+from fbiedge.errors import ElsewhereError, FbiEdgeError, UsageError
 
 from .model import BinaryLinear, Llama
 
 # Tokenising a corpus takes one process hours, while the others wait; should it die, they hear of it at once.
 _PATIENCE = timedelta(days=7)
-
-
-class ElsewhereError(FbiEdgeError):
-    """An error that process 0 reports: this process ends with the same exit code and prints nothing."""
-
-    def __init__(self, error: FbiEdgeError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +117,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 def spoken_by_first(error: FbiEdgeError) -> FbiEdgeError:
     """`error`, which all processes are about to raise, in the form in which one line is printed."""
-    return error if is_first() else ElsewhereError(error)
+    return error if is_first() else ElsewhereError(str(error))
 
 
 @contextmanager
