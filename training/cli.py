@@ -132,6 +132,9 @@ def train(
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses.")] = None,
     eval_sequences: Annotated[int | None, typer.Option(help="Held-out sequences per evaluation.")] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="Peak of one device, for MFU; by default by its datasheet, where it is known.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT's last save, with OUT's own options.")
     ] = False,
@@ -190,6 +193,7 @@ def train(
                 model=model, training=training, teacher=None if teacher_folder is None else str(teacher_folder),
                 teacher_dtype=cast(TeacherDtype, teacher_dtype or recipe.teacher_dtype), preset=preset_name,
                 init=None if init is None else str(init.resolve()), shared_scales=scaling_pattern == COLUMN_SHARED,
+                peak_tflops=peak_tflops,
             )  # fmt: skip
             options = DataOptions(
                 text_field=text_field, skip_corrupt=skip_corrupt, most_tokens=data_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,10 +32,13 @@ class RunPlan:
     data: tuple[str, ...] = ()  # what was read, for the record: the run reads shards
     held_out: tuple[str, ...] = ()
     shards: str | None = None  # folder of the token shards (corpus.py); None: the run's own
+    peak_tflops: float | None = None  # of one device, for MFU; None: what flops.py knows
 
     def __post_init__(self) -> None:
         if self.teacher_dtype not in get_args(TeacherDtype):
             raise UsageError(f"teacher dtype is {self.teacher_dtype!r}, expected one of fp32, bf16")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UsageError(f"--peak-tflops is {self.peak_tflops}, expected a positive number")
 
     @property
     def scaling(self) -> str:

@@ -19,10 +19,10 @@ from fbiedge.files import atomic_file
 from .model import Llama
 from .parallel import is_first
 from .run import RunPlan, execute_run
-from .trainer import StepReport
+from .trainer import LOG_EVERY, StepReport
 
 
-def run_with_progress(run: Path, resume: bool, console: Console, log_every: int = 10) -> StepReport | None:
+def run_with_progress(run: Path, resume: bool, console: Console, log_every: int = LOG_EVERY) -> StepReport | None:
     """Execute a prepared run, showing loss, tok/s and time left; returns the last report, None if nothing was left to do.
 
     Of several processes only the first shows anything and writes RUN/metrics.jsonl.
@@ -50,7 +50,7 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
     with Progress(*columns, console=console) as progress, ExitStack() as files:
         task = None
         stop = files.enter_context(stop_requests())
-        for report in execute_run(run, resume, announce, stop):
+        for report in execute_run(run, resume, announce, stop, log_every):
             if task is None:
                 if is_first():
                     metrics = files.enter_context(open(_forget_from(run / "metrics.jsonl", report.step), "a"))

@@ -16,7 +16,7 @@ from .shared_scales import share_scales
 from .start import start_from
 from .state import has_state
 from .teacher import load_teacher, teacher_facts
-from .trainer import StepReport, train
+from .trainer import LOG_EVERY, StepReport, train
 
 __all__ = ["COLUMN_SHARED", "RunPlan", "execute_run", "prepare_run"]
 
@@ -26,8 +26,12 @@ def execute_run(
     resume: bool = False,
     on_start: Callable[[Llama, RunPlan], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    log_every: int = LOG_EVERY,
 ) -> Iterator[StepReport]:
-    """Train the run prepared in `run`, from its start or from its last saved state, until its end or until `stop()`."""
+    """Train the run prepared in `run`, from its start or from its last saved state, until its end or until `stop()`.
+
+    Reports of every `log_every`th step say what it did to each layer.
+    """
     with agreed():  # what fails in all processes is said once
         plan = RunPlan.load(run)
         training, teacher = plan.training, None
@@ -45,4 +49,6 @@ def execute_run(
         files = {name: (run / name).read_text() for name in SIDECARS if (run / name).exists()}
     if on_start is not None:
         on_start(model, plan)
-    yield from train(run, model, teacher, batches, held_out_batches, training, files, resume, stop)
+    yield from train(
+        run, model, teacher, batches, held_out_batches, training, files, resume, stop, log_every, plan.peak_tflops
+    )

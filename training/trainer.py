@@ -15,11 +15,15 @@ from .checkpoint import save_model
 from .config import TrainConfig
 from .data import Batches
 from .divergence import LossWatch
+from .flops import peak_flops, step_flops
+from .layers import LayerReport, LayerWatch
 from .loss import Losses, head_losses
 from .model import DecoderLayer, Llama
 from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, spread, team
 from .quantized_head import quantized
 from .state import RunState
+
+LOG_EVERY = 10  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class StepReport:
     tokens: int  # seen since the run began
     tokens_per_second: float  # of this step, teacher included, evaluation and saving not
     eval_loss: float | None = None
+    mfu: float | None = None  # model FLOPs by the peak of all devices, see flops.py; None where that isn't known
+    layers: tuple[LayerReport, ...] | None = None  # on logged steps of a binary model
 
 
 def train(
@@ -47,14 +53,21 @@ def train(
     files: Mapping[str, str],
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    log_every: int = LOG_EVERY,
+    peak_tflops: float | None = None,
 ) -> Iterator[StepReport]:
     """Train `model` against `teacher` (distillation) or against the next token (no teacher), yielding after each step.
+
+    log_every: on these steps, and where it evaluates, layers are looked at. peak_tflops: of one device, for `mfu`.
 
     Writes RUN/state and RUN/model every `checkpoint_every` steps, at the end, and when `stop()` ends the run after a
     step. Of several processes (see parallel.py) each calls this with the same arguments and gets the same reports.
     Raises DivergedError, OutputError.
     """
     here = team()
+    tokens_per_step = config.batch_size * config.sequence_length
+    flops = step_flops(model, teacher, config.batch_size, config.sequence_length)
+    peak = peak_flops(here.device, config.bf16, peak_tflops)
     objective = Objective(here, model, teacher, config)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -65,30 +78,36 @@ def train(
     )
     watch = LossWatch(config.loss_jump, config.loss_jump_steps)
     state = RunState(run, model, optimizer, watch, here, config.async_checkpoint)
+    layers = LayerWatch(model, here)
     if not resume:
         state.forget()
-    tokens_per_step = config.batch_size * config.sequence_length
     first = state.load()
     if first >= config.steps:  # all done, but perhaps it was killed between the last state and its model
         save_model(model, run / "model", files)
     for step in range(first, config.steps):
+        done = step + 1
+        evaluating = done == config.steps or done % config.eval_every == 0
+        watching = layers.is_binary and (evaluating or done % log_every == 0)
         started = time.perf_counter()
         parts = objective.backward(batches, step)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
         loss, one_hot, distillation, stops = here.mean(torch.cat((parts, parts.new_tensor([stop()]))))
-        if problem := watch.see(step + 1, loss, norm):
+        if problem := watch.see(done, loss, norm):
             state.finish()
             raise spoken_by_first(problem)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
+        if watching:
+            layers.before()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if here.device.type == "cuda":
+            torch.cuda.synchronize()  # else the clock stops before the optimizer
         seconds = time.perf_counter() - started
-        done = step + 1
+        seen = layers.after() if watching else None
         stopping = stops > 0  # anywhere: all stop after the same step
         last = done == config.steps or stopping
-        evaluating = done == config.steps or done % config.eval_every == 0
         eval_loss = objective.evaluate(held_out) if evaluating else None
         if last or (done % config.checkpoint_every == 0 and watch.is_calm):
             state.save(done)
@@ -106,6 +125,8 @@ def train(
             tokens=done * tokens_per_step,
             tokens_per_second=tokens_per_step / seconds,
             eval_loss=eval_loss,
+            mfu=None if peak is None else flops / seconds / (peak * here.size),
+            layers=seen,
         )
         if stopping:
             return
