@@ -1,12 +1,13 @@
 """The recipe of the bundled model: texts -> full-precision teacher -> binary student -> shared scales, in one command.
 
-    python -m fbiedge.training.default_model --data DATA -o RUNS [--student-steps N] [--shared-steps N]
+    python -m fbiedge.training.default_model --data DATA -o RUNS [--student-steps N] [--final-steps N] ...
 
 DATA holds the corpora of the model card (TinyStories, Synthetic-Persona-Chat, African Storybook) in the folders named
 below. Stories come in two forms: half as plain text, half as the answer to a request that names something in
 the story, so that a chat can ask for one. Dialogues become chats of user and assistant. The student learns with the
-published `column` scales; a short fine-tune then lets q, k, v and gate, up share theirs, so that GGUF holds the model
-exactly. Interrupted, the same command goes on where it stopped.
+published `column` scales; a fine-tune then lets q, k, v and gate, up share theirs, so that GGUF holds the model exactly.
+What bounds that student is its teacher, so the teacher then learns on, and the student from it. Interrupted, the same
+command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ FINE_TUNE = replace(
     TRAINING, learning_rate=1e-3, min_learning_rate_ratio=0.02, warmup_steps=20, seed=SEED + 2, checkpoint_every=50,
     eval_every=100,
 )  # fmt: skip
+LONGER = replace(FINE_TUNE, learning_rate=1.5e-3, warmup_steps=50)  # from there on, teacher and student
 
 # Things a child's story may be about; the first that a story names becomes the subject of the request for it.
 SUBJECTS = frozenset(
@@ -143,41 +145,78 @@ def _documents(path: Path) -> Iterator[str]:
                 yield document.strip()
 
 
-def main(
-    data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the three runs.")],
-    teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1500,
-    student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3600,
-    shared_steps: Annotated[int, typer.Option(help="Optimizer steps of the fine-tune into shared scales.")] = 1000,
-) -> None:
-    """Train the teacher and the student of the bundled model, then let the student share its scales."""
-    console = Console()
+def stages(
+    out: Path,
+    *,
+    teacher: int = 1500,
+    student: int = 3600,
+    shared: int = 1000,
+    longer_teacher: int = 1500,
+    final: int = 1500,
+) -> dict[str, RunPlan]:
+    """The runs below `out`, in their order, each of so many steps; a later one starts from earlier ones' models."""
+
+    def model(name: str) -> str:
+        return str((out / name / "model").resolve())
+
+    dense = replace(MODEL, scaling_pattern="none")
+    return {
+        "teacher": RunPlan(model=dense, training=replace(TRAINING, steps=teacher), teacher=None),
+        "student": RunPlan(
+            model=MODEL, training=replace(TRAINING, steps=student, seed=SEED + 1), teacher=model("teacher")
+        ),
+        "shared": RunPlan(
+            model=MODEL, training=replace(FINE_TUNE, steps=shared), teacher=model("teacher"), init=model("student"),
+            shared_scales=True,
+        ),
+        "longer-teacher": RunPlan(
+            model=dense, training=replace(LONGER, steps=longer_teacher, seed=SEED + 3), teacher=None,
+            init=model("teacher"),
+        ),
+        "final": RunPlan(
+            model=MODEL, training=replace(LONGER, steps=final, seed=SEED + 7), teacher=model("longer-teacher"),
+            init=model("shared"), shared_scales=True,
+        ),
+    }  # fmt: skip
+
+
+def run_stage(name: str, plan: RunPlan, data: Path, out: Path, console: Console) -> None:
+    """Run one of `stages`, or what is left of it. Raises UsageError, and typer.Exit where Ctrl-C stopped it."""
+    console.rule(name)
+    if not (out / name / "run.json").exists():
+        if not (out / "text" / "train.txt").exists():
+            write_texts(data, out / "text")
+        prepare_stage(out / name, plan, out / "text")
+    done = run_with_progress(out / name, True, console)
+    if done is not None and done.step < RunPlan.load(out / name).training.steps:
+        raise typer.Exit(STOPPED)
+
+
+def check_corpora(data: Path) -> None:
+    """Raises UsageError where one is missing."""
     for needed in (*STORIES, TITLED_STORIES, *DIALOGUES, HELD_OUT_STORIES):
         if not (data / needed).is_file():
             raise UsageError(f"{data / needed} is missing; --data must hold the corpora of the model card")
-    texts = out / "text"
-    if not (out / "teacher" / "run.json").exists():
-        write_texts(data, texts)
-    teacher, student = (str((out / name / "model").resolve()) for name in ("teacher", "student"))
-    plans = {
-        "teacher": RunPlan(
-            model=replace(MODEL, scaling_pattern="none"), training=replace(TRAINING, steps=teacher_steps), teacher=None
-        ),
-        "student": RunPlan(
-            model=MODEL, training=replace(TRAINING, steps=student_steps, seed=SEED + 1), teacher=teacher
-        ),
-        "shared": RunPlan(
-            model=MODEL, training=replace(FINE_TUNE, steps=shared_steps), teacher=teacher, init=student,
-            shared_scales=True,
-        ),
-    }  # fmt: skip
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs.")],
+    teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1500,
+    student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3600,
+    shared_steps: Annotated[int, typer.Option(help="Optimizer steps of the fine-tune into shared scales.")] = 1000,
+    longer_teacher_steps: Annotated[int, typer.Option(help="Optimizer steps that the teacher learns on for.")] = 1500,
+    final_steps: Annotated[int, typer.Option(help="Optimizer steps of the student with that teacher.")] = 1500,
+) -> None:
+    """Train the teacher and the student of the bundled model, let the student share its scales, and train both longer."""
+    console = Console()
+    check_corpora(data)
+    plans = stages(
+        out, teacher=teacher_steps, student=student_steps, shared=shared_steps, longer_teacher=longer_teacher_steps,
+        final=final_steps,
+    )  # fmt: skip
     for name, plan in plans.items():
-        console.rule(name)
-        if not (out / name / "run.json").exists():
-            prepare_stage(out / name, plan, texts)
-        done = run_with_progress(out / name, True, console)
-        if done is not None and done.step < RunPlan.load(out / name).training.steps:
-            raise typer.Exit(STOPPED)  # by Ctrl-C: the recipe ends here
+        run_stage(name, plan, data, out, console)
     console.rule("held-out")
     report(out, tuple(plans), console)
 

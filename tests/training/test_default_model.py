@@ -1,4 +1,4 @@
-"""The recipe of the bundled model on a text of a page: one command makes its three models, stopped or not."""
+"""The recipe of the bundled model on a text of a page: one command makes its models, stopped or not."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from fbiedge.training import default_model
 from fbiedge.training.checkpoint import load_model
 from fbiedge.training.run import RunPlan
 from fbiedge.weights import BinaryLinear, open_checkpoint
+
+STEPS = {"teacher_steps": 4, "student_steps": 4, "shared_steps": 3, "longer_teacher_steps": 2, "final_steps": 3}
 
 
 @pytest.fixture
@@ -40,7 +42,8 @@ def small_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     small = {"batch_size": 2, "sequence_length": 32, "compile": False, "eval_sequences": 2, "checkpoint_every": 2}
     monkeypatch.setattr(default_model, "MODEL", model_config("column", vocab_size=320))
     monkeypatch.setattr(default_model, "TRAINING", replace(default_model.TRAINING, **small))
-    monkeypatch.setattr(default_model, "FINE_TUNE", replace(default_model.FINE_TUNE, **small))
+    for name in ("FINE_TUNE", "LONGER"):
+        monkeypatch.setattr(default_model, name, replace(getattr(default_model, name), **small))
     return data
 
 
@@ -48,16 +51,17 @@ def test_one_command_makes_teacher_student_and_the_student_with_shared_scales(
     small_recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    default_model.main(small_recipe, out, teacher_steps=4, student_steps=4, shared_steps=3)
+    default_model.main(small_recipe, out, **STEPS)
     rows = json.loads((out / "report.json").read_text())
     assert [(row["model"], row["text"]) for row in rows] == [
         (model, text)
-        for model in ("teacher", "student", "shared")
+        for model in ("teacher", "student", "shared", "longer-teacher", "final")
         for text in ("held_out_stories", "held_out_dialogues")
     ]
-    plan = RunPlan.load(out / "shared")
-    assert plan.scaling == "column-shared" and plan.init == str(out / "student" / "model")
-    weights = open_checkpoint(out / "shared" / "model")
+    plan, last = RunPlan.load(out / "shared"), RunPlan.load(out / "final")
+    assert plan.scaling == last.scaling == "column-shared" and plan.init == str(out / "student" / "model")
+    assert last.init == str(out / "shared" / "model") and last.teacher == str(out / "longer-teacher" / "model")
+    weights = open_checkpoint(out / "final" / "model")
     student = open_checkpoint(out / "student" / "model")
     assert weights.files == student.files  # tokenizer, chat template, generation settings
     assert weights.config == student.config
@@ -65,9 +69,9 @@ def test_one_command_makes_teacher_student_and_the_student_with_shared_scales(
     assert isinstance(q, BinaryLinear) and isinstance(k, BinaryLinear) and isinstance(v, BinaryLinear)
     assert np.array_equal(q.alpha, k.alpha) and np.array_equal(q.alpha, v.alpha)
 
-    before = load_model(out / "shared" / "model").state_dict()
-    default_model.main(small_recipe, out, teacher_steps=4, student_steps=4, shared_steps=3)  # nothing is left to do
-    after = load_model(out / "shared" / "model").state_dict()
+    before = load_model(out / "final" / "model").state_dict()
+    default_model.main(small_recipe, out, **STEPS)  # nothing is left to do
+    after = load_model(out / "final" / "model").state_dict()
     assert all(before[name].equal(after[name]) for name in before)
 
 
