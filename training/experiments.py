@@ -1,0 +1,227 @@
+"""The paper's questions at a small scale: every run and every figure of RESULTS.md, in one command.
+
+    python -m fbiedge.training.experiments --data DATA --recipe RUNS -o OUT [--results training/results]
+
+DATA and RUNS are those of default_model.py; its teacher is trained first where RUNS has none. All runs share body,
+teacher, data order, schedule and tokens, and differ in what they are named for. Interrupted, the same command goes on
+where it stopped; `--only NAME` makes one of them, so that two processes can share the work.
+
+Held-out losses are those of all windows of the held-out stories, in fp32. Runs are compared window by window with the
+published form: the interval is that of the mean difference (95 %, bootstrap over windows), and says nothing of another
+seed, for which `column, another seed` is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from rich.console import Console
+
+from fbiedge.config import ModelConfig, ScalingPattern, preset
+from fbiedge.errors import FbiEdgeError, UsageError
+
+from . import default_model
+from .checkpoint import load_model
+from .cli import STOPPED
+from .config import TrainConfig
+from .documents import encode, ids_dtype, read_documents
+from .loss import head_losses
+from .model import Llama
+from .plan import RunPlan
+from .prepare import prepare_run
+from .progress import run_with_progress
+from .shards import open_shard, write_shard
+from .tokenizer import read_tokenizer
+
+MODEL = replace(preset("small"), num_hidden_layers=4, max_position_embeddings=256)
+TRAINING = TrainConfig(
+    steps=400, batch_size=16, sequence_length=256, learning_rate=2e-3, warmup_steps=50, checkpoint_every=50,
+    eval_every=50, compile=True,
+)  # fmt: skip
+HELD_OUT = "text/held_out_stories.txt"
+BASE = "column"  # as published: from random latents, distillation alone
+_RESAMPLES = 2000
+_WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """What some runs together answer; the first one is what the others are compared with."""
+
+    title: str
+    runs: tuple[str, ...]
+
+
+QUESTIONS = {
+    "a": Question("Distillation or one-hot targets", (BASE, "one-hot targets")),
+    "b": Question("From scratch or from a pretrained model", (BASE, "pretrained start")),
+    "c": Question("Binary or full precision", (BASE, "full precision", "full precision, one-hot targets")),
+    "d": Question("Where the scales are", (BASE, "row", "single", "block", "column-shared")),
+    "seed": Question("Another seed", (BASE, "column, another seed")),
+}
+
+
+def plans(out: Path, teacher: Path) -> dict[str, RunPlan]:
+    """Every run by its name, in an order in which each finds the model that it starts from."""
+    guide = str(teacher.resolve())
+
+    def run(pattern: ScalingPattern, *, distil: bool = True, seed: int = TRAINING.seed, **more: Any) -> RunPlan:
+        model, training = replace(MODEL, scaling_pattern=pattern), replace(TRAINING, seed=seed)
+        return RunPlan(model=model, training=training, teacher=guide if distil else None, **more)
+
+    twin = "full precision, one-hot targets"
+    return {
+        BASE: run("column"),
+        "one-hot targets": run("column", distil=False),
+        twin: run("none", distil=False),
+        "full precision": run("none"),
+        "pretrained start": run("column", init=str((folder(out, twin) / "model").resolve())),
+        "row": run("row"),
+        "block": run("block"),
+        "column-shared": run("column", shared_scales=True),
+        "single": run("single"),
+        "column, another seed": run("column", seed=TRAINING.seed + 1),
+    }
+
+
+def folder(out: Path, name: str) -> Path:
+    """The folder of a run."""
+    return out / name.replace(",", "").replace(" ", "-")
+
+
+def window_losses(model: Llama, tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+    """Mean next-token loss of each whole window of `tokens`, in nats [windows]; they are as long as the context."""
+    length = model.config.max_position_embeddings
+    losses = []
+    with torch.no_grad():
+        for start in range(0, (len(tokens) - 1) // length, _WINDOWS_AT_ONCE):
+            firsts = range(start, min(start + _WINDOWS_AT_ONCE, (len(tokens) - 1) // length))
+            rows = torch.stack(
+                [torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64)) for i in firsts]
+            )
+            features = model.features(rows[:, :-1])
+            for one, targets in zip(features, rows[:, 1:], strict=True):
+                losses.append(head_losses(one, model.lm_head.weight, targets, chunk=length).one_hot.item())
+    return np.array(losses)
+
+
+def difference(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of b - a over paired windows, and the bounds of its 95 % interval."""
+    apart = b - a
+    drawn = np.random.default_rng(0).integers(0, len(apart), (_RESAMPLES, len(apart)))
+    low, high = np.quantile(apart[drawn].mean(1), [0.025, 0.975])
+    return float(apart.mean()), float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run in the table of one question; losses in nats per token."""
+
+    question: str
+    run: str
+    tokens: int
+    held_out: float
+    difference: float  # to the question's first run
+    low: float
+    high: float
+
+
+def compare(losses: Mapping[str, npt.NDArray[np.float64]], tokens: int) -> list[Row]:
+    """The tables of all questions whose runs are there."""
+    rows = []
+    for key, question in QUESTIONS.items():
+        first = question.runs[0]
+        for name in question.runs:
+            apart, low, high = difference(losses[first], losses[name])
+            rows.append(
+                Row(question=key, run=name, tokens=tokens, held_out=float(losses[name].mean()), difference=apart,
+                    low=low, high=high)
+            )  # fmt: skip
+    return rows
+
+
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """The rows as CSV."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, [name for name in Row.__dataclass_fields__], lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow(
+                {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in asdict(row).items()}
+            )
+
+
+def held_out_tokens(text: Path, model: Path, config: ModelConfig, scratch: Path) -> npt.NDArray[np.integer[Any]]:
+    """Token ids of a held-out text by the tokenizer of the checkpoint `model`."""
+    tokenizer = read_tokenizer(model / "tokenizer.json")
+    bos, eos = config.bos_token_id, config.eos_token_id
+    write_shard(scratch, encode(read_documents([text]), tokenizer, bos, eos), ids_dtype(tokenizer, bos, eos))
+    return open_shard(scratch).tokens
+
+
+def execute(name: str, plan: RunPlan, recipe: Path, teacher: Path, out: Path, console: Console) -> None:
+    """Train one run, or what is left of it. Raises typer.Exit where Ctrl-C stopped it."""
+    console.rule(name)
+    run, texts = folder(out, name), recipe / "text"
+    if not (run / "run.json").exists():
+        tokenizer = teacher / "tokenizer.json" if plan.teacher is None else None
+        prepare_run(run, plan, [texts / "train.txt"], [recipe / HELD_OUT], tokenizer)
+    done = run_with_progress(run, True, console)
+    if done is not None and done.step < plan.training.steps:
+        raise typer.Exit(STOPPED)
+
+
+def held_out(names: Iterable[str], recipe: Path, teacher: Path, out: Path) -> dict[str, npt.NDArray[np.float64]]:
+    """The losses of each finished run, window by window."""
+    tokens = held_out_tokens(recipe / HELD_OUT, teacher, MODEL, out / "held_out.tokens")
+    return {name: window_losses(load_model(folder(out, name) / "model"), tokens) for name in names}
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with the corpora of the bundled model.")],
+    recipe: Annotated[
+        Path, typer.Option(help="Folder with the runs of the bundled model, of which the teacher is used.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs.")],
+    results: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("training/results"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="Train this run alone and write no results; repeat for more.")
+    ] = None,
+) -> None:
+    """Train all runs, compare them on held-out text, and write tables and figures."""
+    console = Console()
+    default_model.check_corpora(data)
+    default_model.run_stage("teacher", default_model.stages(recipe)["teacher"], data, recipe, console)
+    teacher = recipe / "teacher" / "model"
+    wanted = plans(out, teacher)
+    if unknown := sorted(set(only or ()) - wanted.keys()):
+        raise UsageError(f"unknown run {unknown[0]!r}; expected one of {', '.join(wanted)}")
+    for name, plan in wanted.items():
+        if only is None or name in only:
+            execute(name, plan, recipe, teacher, out, console)
+    if only is None:
+        losses = held_out(wanted, recipe, teacher, out)
+        rows = compare(losses, TRAINING.steps * TRAINING.batch_size * TRAINING.sequence_length)
+        results.mkdir(parents=True, exist_ok=True)
+        write_table(results / "held_out.csv", rows)
+        for row in rows:
+            console.print(
+                f"{row.question:4} {row.run:32} {row.held_out:.4f}  {row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
+            )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except FbiEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
