@@ -3,14 +3,15 @@
     model.onnx      ONNX Runtime with the op library                 session.Session
     model.gguf      llama.cpp, through llama-cpp-python              llama_cpp_session.LlamaCppSession
     a checkpoint    numpy, the slow and obvious one (logits only)    reference.Reference
+                    transformers, where that knows no such model     huggingface_engine.HuggingFaceLogits
 
 Sessions of both kinds are a `CachedSession`, so chat, generate and bench don't know which one they drive.
-`open_logits` gives all three one face for whatever wants the logits of a text.
+`open_logits` gives all of them one face for whatever wants the logits of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .cached_session import CachedSession
-from .config import ModelConfig
 from .errors import UsageError
 from .model_file import ModelFile
 from .tokenizer import Tokenizer
@@ -92,7 +92,10 @@ class LogitEngine(Protocol):
     @property
     def path(self) -> Path: ...
     @property
-    def config(self) -> ModelConfig: ...
+    def vocab_size(self) -> int:
+        """Tokens that have logits."""
+        ...
+
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
@@ -111,6 +114,14 @@ class LogitEngine(Protocol):
         """Forget all tokens."""
         ...
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens, of which there must be so many."""
+        ...
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """Append `ids`, whose logits nobody wants."""
+        ...
+
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append `ids` -> logits [len(ids), vocab], row t for the token after ids[t]."""
         ...
@@ -119,13 +130,27 @@ class LogitEngine(Protocol):
 def open_logits(path: Path, *, tokens: int, threads: int | None = None) -> LogitEngine:
     """The engine for `path`, with room for `tokens`, or as many as the model takes.
 
-    `threads` has no meaning for a checkpoint, whose products numpy shares out. Raises CheckpointError, ModelFileError,
+    `threads` has no meaning for a checkpoint that numpy runs, which shares out its products itself. Raises CheckpointError, ModelFileError,
     UsageError.
     """
     if is_checkpoint(path):
+        from .huggingface_engine import HuggingFaceLogits, unknown_architecture
+
+        if (name := unknown_architecture(path)) is not None:
+            return HuggingFaceLogits(path, name, tokens=tokens, threads=threads)
         return ReferenceLogits(path)
     context = min(tokens, open_model(path).config.max_position_embeddings)
     return SessionLogits(path, open_session(path, threads=threads, context=context))
+
+
+def tokenizer_of(files: Mapping[str, str]) -> Tokenizer | None:
+    """The tokenizer among the files of a checkpoint, None where there is none. Raises CheckpointError, ModelFileError."""
+    from .weights import json_sidecar
+
+    if "tokenizer.json" not in files:
+        return None
+    special, config = (json_sidecar(files, name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    return Tokenizer(files["tokenizer.json"], special | config)
 
 
 class SessionLogits:
@@ -133,7 +158,7 @@ class SessionLogits:
 
     def __init__(self, path: Path, session: CachedSession) -> None:
         self.path = path
-        self.config = session.config
+        self.vocab_size = session.vocab_size
         self.capacity = session.capacity
         self.description = session.description
         self.warning = session.warning
@@ -143,6 +168,14 @@ class SessionLogits:
     def reset(self) -> None:
         """See LogitEngine."""
         self._session.truncate(0)
+
+    def truncate(self, length: int) -> None:
+        """See LogitEngine."""
+        self._session.truncate(length)
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """See LogitEngine."""
+        self._session.forward(ids)
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """See LogitEngine."""
@@ -155,26 +188,29 @@ class ReferenceLogits:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError, ModelFileError for an unusable tokenizer."""
         from .reference import RESIDENT_LIMIT_BYTES, Reference
-        from .weights import expected_shapes, json_sidecar, open_checkpoint
+        from .weights import expected_shapes, open_checkpoint
 
         weights = open_checkpoint(path)
         self.path = path
-        self.config = weights.config
+        self.vocab_size = weights.config.vocab_size
         self.capacity = weights.config.max_position_embeddings
         dense_bytes = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(weights.config).values())
         self._reference = Reference(weights, resident=dense_bytes <= RESIDENT_LIMIT_BYTES)
         self.description = "numpy reference, fp32"
         self.warning = None
-        self.tokenizer = None
-        if "tokenizer.json" in weights.files:
-            special, config = (
-                json_sidecar(weights.files, name) for name in ("special_tokens_map.json", "tokenizer_config.json")
-            )
-            self.tokenizer = Tokenizer(weights.files["tokenizer.json"], special | config)
+        self.tokenizer = tokenizer_of(weights.files)
 
     def reset(self) -> None:
         """See LogitEngine."""
         self._reference.reset()
+
+    def truncate(self, length: int) -> None:
+        """See LogitEngine."""
+        self._reference.truncate(length)
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """See LogitEngine."""
+        self._reference.logits(ids)
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """See LogitEngine."""

@@ -53,6 +53,13 @@ class Reference:
         self._keys: list[Array] = [empty] * config.num_hidden_layers
         self._values: list[Array] = [empty] * config.num_hidden_layers
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens. Raises UsageError where there are fewer."""
+        if not 0 <= length <= self.position:
+            raise UsageError(f"can't truncate the cache to {length} tokens, it holds {self.position}")
+        self._keys = [rows[:, :length] for rows in self._keys]
+        self._values = [rows[:, :length] for rows in self._values]
+
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""

@@ -138,7 +138,7 @@ def verify(
 
 def common_ids(a: LogitEngine, b: LogitEngine, text: str) -> list[int]:
     """`text` in the tokens of both. Raises UsageError where they have not the same, or no tokenizer at all."""
-    sizes = a.config.vocab_size, b.config.vocab_size
+    sizes = a.vocab_size, b.vocab_size
     if sizes[0] != sizes[1]:
         raise UsageError(
             f"{a.path} has a vocabulary of {sizes[0]} tokens and {b.path} one of {sizes[1]}; expected the same"

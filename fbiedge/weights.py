@@ -140,7 +140,7 @@ def open_checkpoint(path: Path) -> Weights:
         )
     config = replace(config, scaling_pattern=pattern)
     _check_shapes(path, store.shapes, config)
-    return Checkpoint(config=config, files=_read_sidecars(path), store=store)
+    return Checkpoint(config=config, files=read_sidecars(path), store=store)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +254,8 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
-def _read_sidecars(path: Path) -> dict[str, str]:
+def read_sidecars(path: Path) -> dict[str, str]:
+    """The files beside the weights, by name. Raises CheckpointError."""
     texts = {}
     for name in SIDECARS:
         try:

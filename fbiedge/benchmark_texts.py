@@ -1,0 +1,135 @@
+"""The texts that perplexities are published for, prepared as GPTQ and FBI-LLM prepare them.
+
+    wikitext2   WikiText-2's raw test split, its lines joined by blank lines
+    ptb         the Penn Treebank's test split, its sentences joined by spaces
+    c4          the first 1100 documents of C4's first validation shard, joined by spaces; of these 256 windows
+
+They come from the Hugging Face hub, or from its cache, or from a file of the same content beside `--dataset-file`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from .errors import UsageError, printable
+from .hub import open_datasets, unreachable
+
+C4_DOCUMENTS = 1100
+C4_WINDOWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkText:
+    """Where a text comes from, and how its rows become one."""
+
+    dataset: dict[str, Any]  # arguments of datasets.load_dataset
+    field: str  # of a row
+    separator: str
+    file: str  # what to give where the hub can't be reached
+    rows_of: Callable[[IO[str]], Iterable[str]]  # the same rows from that file
+    most_rows: int | None = None
+    most_windows: int | None = None
+
+
+def _wikitext_rows(file: IO[str]) -> Iterator[str]:
+    """A row is a line with its end, or nothing for an empty one, as in the hub's copy."""
+    return (line if line.strip() else "" for line in file)
+
+
+def _ptb_rows(file: IO[str]) -> Iterator[str]:
+    return (line.strip() for line in file)
+
+
+def _c4_rows(file: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise UsageError(f'{file.name}: line {number} is no JSON object with a "text"')
+        yield text
+
+
+TEXTS = {
+    "wikitext2": BenchmarkText(
+        dataset={"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
+        field="text",
+        separator="\n\n",
+        file="wiki.test.raw, WikiText-2's raw test file",
+        rows_of=_wikitext_rows,
+    ),
+    "ptb": BenchmarkText(
+        # The branch that the hub makes by itself: the dataset is a script, which `datasets` 4 and later doesn't run.
+        dataset={
+            "path": "ptb-text-only/ptb_text_only",
+            "data_files": {"test": "penn_treebank/test/*.parquet"},
+            "revision": "refs/convert/parquet",
+            "split": "test",
+        },
+        field="sentence",
+        separator=" ",
+        file="ptb.test.txt, Mikolov's test file of one sentence a line",
+        rows_of=_ptb_rows,
+    ),
+    "c4": BenchmarkText(
+        dataset={
+            "path": "allenai/c4",
+            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+            "split": "validation",
+        },
+        field="text",
+        separator=" ",
+        file="c4-validation.00000-of-00008.json.gz",
+        rows_of=_c4_rows,
+        most_rows=C4_DOCUMENTS,
+        most_windows=C4_WINDOWS,
+    ),
+}
+
+
+def benchmark_text(name: str) -> BenchmarkText:
+    """The text called `name`. Raises UsageError with the known names."""
+    if name not in TEXTS:
+        raise UsageError(f"--dataset is {name!r}, expected one of {', '.join(TEXTS)}")
+    return TEXTS[name]
+
+
+def read_benchmark_text(name: str, file: Path | None = None) -> str:
+    """The text called `name`, from the hub or from `file`. Raises UsageError."""
+    text = benchmark_text(name)
+    rows = _rows_from_hub(name, text) if file is None else _rows_from_file(file, text)
+    return text.separator.join(islice(rows, text.most_rows))
+
+
+def _rows_from_hub(name: str, text: BenchmarkText) -> Iterator[str]:
+    datasets = open_datasets()
+    try:
+        rows = datasets.load_dataset(**text.dataset)
+        return (row[text.field] for row in rows)
+    except Exception as error:  # of a dozen libraries below, for the network, the cache and the files
+        raise unreachable(name, error, f"give {text.file}, by --dataset-file FILE") from error
+
+
+def _rows_from_file(path: Path, text: BenchmarkText) -> Iterator[str]:
+    try:
+        with closing(open_text(path)) as file:
+            yield from text.rows_of(file)
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise UsageError(
+            f"can't read the text {path}: {getattr(error, 'strerror', None) or printable(str(error))}"
+        ) from error
+
+
+def open_text(path: Path) -> IO[str]:
+    """A UTF-8 file to read, unpacked where its name ends in .gz or .xz."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    return cast(IO[str], opener(path, "rt", encoding="utf-8"))
