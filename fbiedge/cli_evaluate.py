@@ -100,8 +100,8 @@ def _run_tasks(
     model: Path, names: list[str], paths: list[Path], limit: int | None, window: int, threads: int | None
 ) -> Any:
     from . import terminal
-    from .harness import import_harness, load_tasks, run_tasks
-    from .task_files import read_task_file
+    from .harness.files import read_task_file
+    from .harness.tasks import import_harness, load_tasks, run_tasks
 
     files = [read_task_file(path) for path in paths]
     import_harness()  # before the model is opened, which may take long

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli_support import extra
-from .engines import LogitEngine
-from .errors import UsageError, printable
-from .evaluation import Progress, finite
-from .hub import offline_if_unreachable, open_datasets, unreachable
-from .task_files import TaskFile
+from ..cli_support import extra
+from ..engines import LogitEngine
+from ..errors import UsageError, printable
+from ..evaluation import Progress, finite
+from ..hub import offline_if_unreachable, open_datasets, unreachable
+from .files import TaskFile
 
 # FBI-LLM's, and where the harness keeps them: to read only these takes no 15 seconds, as reading all 14,000 tasks does.
 _FOLDERS = {
@@ -130,7 +130,7 @@ def run_tasks(
     """Score `engine` on `tasks`, at most the first `limit` questions of each. Raises UsageError, ModelFileError."""
     import lm_eval.evaluator  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    from .harness_model import FbiEdgeLM
+    from .model import FbiEdgeLM
 
     model = FbiEdgeLM(engine, max_length=window, progress=progress)
     found = lm_eval.evaluator.evaluate(

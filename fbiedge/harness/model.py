@@ -1,8 +1,8 @@
 """Our runtime as a model of lm-evaluation-harness: whatever `fbiedge eval` opens, by the name `fbiedge`.
 
-    python -m fbiedge.harness_model run --model fbiedge --model_args path=model.onnx --tasks piqa
+    python -m fbiedge.harness run --model fbiedge --model_args path=model.onnx --tasks piqa
 
-is the harness's own command line with this model known to it; `import fbiedge.harness_model` makes it known anywhere.
+is the harness's own command line with this model known to it; `import fbiedge.harness.model` makes it known anywhere.
 Arguments: path; max_length (tokens of the window, by default 2048 and at most the model's context); threads.
 
 It gives what the harness's own model of Hugging Face gives for the same weights: the same splits of context and
@@ -26,13 +26,13 @@ from lm_eval.utils import (  # type: ignore[import-untyped, import-not-found, un
 )
 from tqdm import tqdm  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from .engines import LogitEngine, open_logits
-from .errors import UsageError
-from .evaluation import CHUNK, WINDOW, Progress
-from .metrics import token_losses
-from .sampling import Sampler, SamplingOptions
-from .stop_strings import StopMatcher
-from .tokenizer import DetokenizeStream
+from ..engines import LogitEngine, open_logits
+from ..errors import UsageError
+from ..evaluation import CHUNK, WINDOW, Progress
+from ..metrics import token_losses
+from ..sampling import Sampler, SamplingOptions
+from ..stop_strings import StopMatcher
+from ..tokenizer import DetokenizeStream
 
 _NEW_TOKENS = 256  # the harness's default
 
@@ -225,10 +225,3 @@ class FbiEdgeLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             progress(done, total)
 
         yield step
-
-
-if __name__ == "__main__":
-    # The module runs as __main__; the registry has the class of that name, which is as good.
-    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped, import-not-found, unused-ignore]
-
-    cli_evaluate()

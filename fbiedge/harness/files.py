@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .benchmark_texts import open_text
-from .errors import UsageError, printable
+from ..benchmark_texts import open_text
+from ..errors import UsageError, printable
 
 _PACKED = (".gz", ".xz")
 
