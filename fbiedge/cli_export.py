@@ -38,7 +38,7 @@ def export(
     embedding: Annotated[
         str | None,
         typer.Option(
-            help="embedding; onnx: 1bit (default where the source's is), fp32 (else), fp16; "
+            help="embedding; onnx: 1bit (default where the source's is), fp32 (else), fp16, int8, int4; "
             "gguf: f16 (default), q8_0, q1_0, f32"
         ),
     ] = None,

@@ -13,6 +13,7 @@ from fbiedge.errors import UsageError
 from fbiedge.gguf_file import GgufTensor
 from fbiedge.gguf_tensors import dequantize
 
+from ..onnx.head import quantize_rows
 from .q1_0 import half, quantize_q1_0
 
 Storage = Literal["f16", "q8_0", "q1_0", "f32"]
@@ -63,8 +64,18 @@ def stored_form(weight: npt.NDArray[np.float32], storage: Storage, name: str) ->
     stored = np.empty((len(weight), stored_row(storage, weight.shape[1])[1]), np.uint8)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         part = np.ascontiguousarray(weight[start : start + _ROWS_AT_ONCE])
-        stored[start : start + len(part)] = gguf.quants.quantize(part, TYPES[storage])
+        stored[start : start + len(part)] = _q8_0(part, name)
     return stored
+
+
+def _q8_0(weight: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.uint8]:
+    """[N, K] -> blocks of an fp16 scale and 32 codes: the numbers of an int8 embedding or head in ONNX, and in training.
+
+    gguf-py would choose the codes by the scale before it is rounded to fp16, and so not always the nearest.
+    """
+    rows = quantize_rows(weight, 8, name)
+    scales = rows.scales.astype("<f2")[..., None].view(np.uint8)
+    return np.concatenate([scales, rows.codes - np.uint8(128)], axis=-1).reshape(len(weight), -1)  # wraps: int8
 
 
 def as_stored(weight: npt.NDArray[np.float32], storage: Storage, name: str) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ from .fallback_fused import binary_qkv_function, binary_swiglu_function
 from .fallback_head import matmul_nbits_function
 from .graph import build_graph
 from .metadata import make_metadata
-from .options import HEAD_BITS, AccuracyLevel, Embedding, ExportOptions, Head, KVCache, Operators, StockBits, Storage
+from .options import CODE_BITS, AccuracyLevel, Embedding, ExportOptions, Head, KVCache, Operators, StockBits, Storage
 from .plan import Losses, plan_tensors
 from .sources import inventory
 from .stock import CONTRIB
@@ -123,8 +123,8 @@ def _model(config: ModelConfig, options: ExportOptions) -> ModelProto:
     if ours:
         form = config.scaling_pattern
         functions = [binary_qkv_function(form), binary_swiglu_function(form), binary_matmul_function(form, bias=True)]
-    if ours and options.head in HEAD_BITS:
-        functions.append(matmul_nbits_function(HEAD_BITS[options.head]))
+    if ours and options.head in CODE_BITS:
+        functions.append(matmul_nbits_function(CODE_BITS[options.head]))
     if options.cache(config) == "int8":
         functions.append(attention_function(norms=config.has_head_norms))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]

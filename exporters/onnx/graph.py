@@ -28,13 +28,13 @@ from onnx import GraphProto, TensorProto, ValueInfoProto, helper  # noqa: TID253
 from fbiedge.config import BLOCK_SIZE, ModelConfig
 from fbiedge.errors import UsageError
 
-from .embedding import binary_rows
+from .embedding import binary_rows, quantized_rows, tiled_rows
 from .fallback import DOMAIN, OP_TYPE
 from .fallback_attention import OP_TYPE as ATTENTION
 from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
 from .nodes import Nodes
-from .options import ACCURACY_LEVELS, HEAD_BITS, ExportOptions, fused_rope
+from .options import ACCURACY_LEVELS, CODE_BITS, ExportOptions, fused_rope
 from .stock import CONTRIB, stock_linear
 from .unfolded import unfolded_head, unfolded_matrix
 from .vocabulary import EMBEDDING, HEAD, rows_are_shared
@@ -130,12 +130,20 @@ class _Builder(Nodes):
         self.node("Slice", "positions", [clipped, start, far, last_axis])
 
     def embedding(self) -> None:
-        name = EMBEDDING
-        if self.options.embedding == "1bit":
-            shared = rows_are_shared(self.config, self.options)
-            self.residual = binary_rows(self, name, "input_ids", HEAD if shared else name)
+        name, form = EMBEDDING, self.options.embedding
+        shared = rows_are_shared(self.config, self.options)
+        matrix = HEAD if shared else name
+        if form == "1bit":
+            self.residual = binary_rows(self, name, "input_ids", matrix)
             return
-        fp16 = self.options.embedding == "fp16"
+        if form in CODE_BITS:
+            bits, k = CODE_BITS[form], self.config.hidden_size
+            if shared and self.ours:
+                self.residual = tiled_rows(self, name, "input_ids", f"{HEAD}.tiles", bits=bits, k=k)
+            else:
+                self.residual = quantized_rows(self, name, "input_ids", matrix, bits=bits, k=k, flat=shared)
+            return
+        fp16 = form == "fp16"
         rows = self.node("Gather", f"{name}.rows" if fp16 else name, [f"{name}.weight", "input_ids"])
         self.residual = self.node("Cast", name, [rows], to=TensorProto.FLOAT) if fp16 else rows
 
@@ -311,7 +319,7 @@ class _Builder(Nodes):
             return
         if self.options.unfolded:
             n, k = self.config.vocab_size, self.config.hidden_size
-            matrix = unfolded_head(self, HEAD, n=n, k=k, bits=HEAD_BITS[self.options.head])
+            matrix = unfolded_head(self, HEAD, n=n, k=k, bits=CODE_BITS[self.options.head])
             self.node("MatMul", HEAD, [x, matrix], ["logits"])
             return
         self.node(
@@ -322,7 +330,7 @@ class _Builder(Nodes):
             DOMAIN if self.ours else CONTRIB,
             K=self.config.hidden_size,
             N=self.config.vocab_size,
-            bits=HEAD_BITS[self.options.head],
+            bits=CODE_BITS[self.options.head],
             block_size=HEAD_BLOCK,
             accuracy_level=ACCURACY_LEVELS[self.options.accuracy_level],
         )

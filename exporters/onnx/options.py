@@ -9,7 +9,7 @@ from fbiedge.config import ModelConfig
 from fbiedge.errors import UsageError
 
 AccuracyLevel = Literal["int8", "fp32"]
-Embedding = Literal["fp32", "fp16", "1bit"]
+Embedding = Literal["fp32", "fp16", "int8", "int4", "1bit"]
 Head = Literal["int8", "int4", "fp32", "1bit"]
 KVCache = Literal["int8", "fp32"]
 Operators = Literal["fbiedge", "stock"]
@@ -22,7 +22,7 @@ _LARGEST_HEAD_DIM = 256
 
 # ORT's MatMulNBits and our BinaryMatMul number their levels alike.
 ACCURACY_LEVELS: dict[AccuracyLevel, int] = {"fp32": 1, "int8": 4}
-HEAD_BITS: dict[Head, int] = {"int8": 8, "int4": 4}  # of the heads that are quantised here
+CODE_BITS = {"int8": 8, "int4": 4}  # of a head or an embedding that is quantised here
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ Names are the checkpoint's, with the part after the last dot saying what is stor
 
     model.embed_tokens.weight                     float32 or float16 [vocab, hidden]
     model.embed_tokens.bits, .alpha               1-bit embedding, as the .bits and .alpha of form block below
+    model.embed_tokens.codes, .scales             int8 or int4 embedding: uint8 [vocab, ceil(hidden/32), 4 · bits] and
+                                                  float16 [vocab, ceil(hidden/32)], see head.py
     model.layers.0.self_attn.q_proj.bits          uint8 [ceil(N/16), ceil(K/32), 64], tiles (fbiedge.bits)
     model.layers.0.self_attn.q_proj.alpha, .beta  float32 (K,) column | (N,) row | (1,) single;
                                                   block: alpha float16 or float32 [ceil(N/16), ceil(K/128), 16]
@@ -12,9 +14,10 @@ Names are the checkpoint's, with the part after the last dot saying what is stor
     ones.4096                                     float32, scales of as many blocks of codes
     model.layers.0.self_attn.q_proj.weight        float32 [K, N], of an ordinary Llama (transposed for MatMul)
     model.layers.0.input_layernorm.weight         float32 [hidden]; of self_attn.q_norm and k_norm [head_dim]
-    lm_head.bits, .alpha, .bias                   1-bit head, also of form block; a tied embedding is in them; zeros
+    lm_head.bits, .alpha, .bias                   1-bit head, also of form block; zeros
     lm_head.tiles                                 int8 or int4 head: uint8 [ceil(N/16), ceil(K/128), …], see head.py
     lm_head.codes, lm_head.scales                 the same for stock operators; a 1-bit head as q_proj's above
+                                                  a tied embedding of the head's form is in the head
     lm_head.weight                                float32 [hidden, vocab], fp32 head (transposed for MatMul)
     rope.cos, rope.sin                            float32 [context, head_dim / 2]
 """

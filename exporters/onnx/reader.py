@@ -24,7 +24,7 @@ from .fallback import DOMAIN, OP_TYPE
 from .fallback_fused import QKV, SWIGLU
 from .head import BLOCK as HEAD_BLOCK
 from .head import GROUP as HEAD_GROUP
-from .head import SCALE_BYTES, QuantizedHead, dequantize_stock, head_from_stock, head_from_tiles, tile_group_bytes
+from .head import SCALE_BYTES, QuantizedRows, dequantize_stock, rows_from_stock, rows_from_tiles, tile_group_bytes
 from .metadata import read_metadata
 from .sources import untile_scales
 from .stock import CODES, code_bits, packed_signs
@@ -103,13 +103,17 @@ class OnnxWeights:
                 return rows.dense()
             if "lm_head.tiles" in self.tensors:
                 bits, tiles = self._head_tiles()
-                return head_from_tiles(tiles, bits, vocab, hidden).dequantize(hidden)
+                return rows_from_tiles(tiles, bits, vocab, hidden).dequantize(hidden)
             if "lm_head.codes" in self.tensors:
                 return dequantize_stock(*self._stock_head(), hidden)
             return np.ascontiguousarray(self._read(name, (hidden, vocab)).T)
         if name == f"{EMBEDDING}.weight":
             if (rows := self.binary_embedding()) is not None:
                 return rows.dense()
+            if f"{EMBEDDING}.codes" in self.tensors:
+                return dequantize_stock(*self._packed_embedding(), hidden)
+            if name not in self.tensors and self.config.tie_word_embeddings:
+                return self.tensor(f"{HEAD}.weight")
             return self._read(name, (vocab, hidden)).astype(np.float32, copy=False)
         is_of_head = name.endswith(("q_norm.weight", "k_norm.weight"))
         return self._read(name, (self.config.head_dim if is_of_head else hidden,))
@@ -140,15 +144,22 @@ class OnnxWeights:
             return None
         return self._binary(HEAD, self.config.vocab_size, self.config.hidden_size, "block")
 
-    def quantized_head(self, bits: int) -> QuantizedHead | None:
-        """See HasQuantizedHead: a head that goes into another file of the same precision is copied."""
+    def quantized_head(self, bits: int) -> QuantizedRows | None:
+        """See HasQuantizedRows: a head that goes into another file of the same precision is copied."""
         head = None
         if "lm_head.tiles" in self.tensors:
             stored, tiles = self._head_tiles()
-            head = head_from_tiles(tiles, stored, self.config.vocab_size, self.config.hidden_size)
+            head = rows_from_tiles(tiles, stored, self.config.vocab_size, self.config.hidden_size)
         elif "lm_head.codes" in self.tensors:
-            head = head_from_stock(*self._stock_head())
+            head = rows_from_stock(*self._stock_head())
         return head if head is not None and head.bits == bits else None
+
+    def quantized_embedding(self, bits: int) -> QuantizedRows | None:
+        """See HasQuantizedRows. Where a model has none of its own, it looks its rows up in the head."""
+        if f"{EMBEDDING}.codes" in self.tensors:
+            rows = rows_from_stock(*self._packed_embedding())
+            return rows if rows is not None and rows.bits == bits else None
+        return None if f"{EMBEDDING}.weight" in self.tensors else self.quantized_head(bits)
 
     def _binary(self, name: str, n: int, k: int, pattern: ScalingPattern) -> BinaryLinear:
         alpha, beta = self._scales(name, n, k, pattern)
@@ -190,6 +201,13 @@ class OnnxWeights:
         bits = 4 if self.tensors["lm_head.codes"].dims[-1] == HEAD_BLOCK // 2 else 8
         codes = self._read("lm_head.codes", (vocab, blocks, HEAD_BLOCK * bits // 8))
         return codes, self._read("lm_head.scales", (vocab * blocks,)), bits
+
+    def _packed_embedding(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], int]:
+        """Codes, scales and bits."""
+        vocab, blocks = self.config.vocab_size, -(-self.config.hidden_size // HEAD_BLOCK)
+        bits = 4 if self.tensors[f"{EMBEDDING}.codes"].dims[-1:] == [HEAD_BLOCK // 2] else 8
+        codes = self._read(f"{EMBEDDING}.codes", (vocab, blocks, HEAD_BLOCK * bits // 8))
+        return codes, self._read(f"{EMBEDDING}.scales", (vocab, blocks)).astype(np.float32), bits
 
     @property
     def paths(self) -> set[Path]:

@@ -1,14 +1,17 @@
 """The two ends of a model, one row a token: how embedding and head are stored, and that of weights which hold them.
 
 1 bit, as GGUF files may hold either: signs with a scale a row and 128 inputs, in the tiles of all binary matrices. The
-head is then a BinaryMatMul like the layers'; the embedding looks its rows up in the tiles (embedding.py). A tied
-embedding of 1 bit is the head, stored once.
+head is then a BinaryMatMul like the layers'; the embedding looks its rows up in the tiles (embedding.py).
+
+int8 and int4: blocks of 32 inputs with an fp16 scale (head.py), of both ends in one arithmetic. A tied embedding that is
+held as the head is, in 1, 4 or 8 bits, is the head, stored once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +23,8 @@ from fbiedge.weights import BinaryLinear, HasBinaryRows, Weights
 
 from .head import BLOCK as HEAD_BLOCK
 from .head import GROUP as HEAD_GROUP
-from .head import HasQuantizedHead, QuantizedHead, head_from_binary, quantize_head, tile_group_bytes
-from .options import HEAD_BITS, Embedding, ExportOptions, Head
+from .head import HasQuantizedRows, QuantizedRows, quantize_rows, rows_from_binary, tile_group_bytes
+from .options import CODE_BITS, Embedding, ExportOptions, Head
 from .sources import DTYPES, Source, TensorSpec, binary_source, plain_source, shaped
 from .stock import stock_source
 
@@ -52,14 +55,15 @@ def choose_embedding(weights: Weights, wanted: Embedding | None) -> Embedding:
         return wanted
     fits = weights.config.hidden_size % BLOCK_SIZE == 0 and _binary_embedding(weights) is not None
     if wanted == "1bit" and not fits:
-        raise UsageError("embedding is '1bit', but this model's isn't; choose fp32 or fp16")
+        raise UsageError("embedding is '1bit', but this model's isn't; choose fp32, fp16, int8 or int4")
     return "1bit" if fits else "fp32"
 
 
 def rows_are_shared(config: ModelConfig, options: ExportOptions) -> bool:
-    """Whether the embedding looks its rows up in the head's tiles."""
-    tiles = options.ours(config) or options.unfolded
-    return tiles and config.tie_word_embeddings and options.head == options.embedding == "1bit"
+    """Whether the embedding looks its rows up in the head; MatMulNBits' codes of signs are more than the rows' own."""
+    if not config.tie_word_embeddings or options.head != options.embedding:
+        return False
+    return options.head in CODE_BITS or (options.head == "1bit" and (options.ours(config) or options.unfolded))
 
 
 def embedding_source(weights: Weights, options: ExportOptions) -> Iterator[Source]:
@@ -68,19 +72,18 @@ def embedding_source(weights: Weights, options: ExportOptions) -> Iterator[Sourc
     shape = (config.vocab_size, config.hidden_size)
     if rows_are_shared(config, options):
         return
-    if options.embedding == "1bit":
-        yield _binary_rows(weights, EMBEDDING, options)
-    else:
-        dtype = DTYPES[options.embedding]
-        yield plain_source(weights, f"{EMBEDDING}.weight", shape, "embedding", dtype, options.embedding)
+    match options.embedding:
+        case "1bit":
+            yield _binary_rows(weights, EMBEDDING, options)
+        case "int8" | "int4":
+            yield _packed_rows(weights, CODE_BITS[options.embedding])
+        case storage:
+            yield plain_source(weights, f"{EMBEDDING}.weight", shape, "embedding", DTYPES[storage], storage)
 
 
 def head_source(weights: Weights, options: ExportOptions) -> Iterator[Source]:
     """All of the head, in the form that `options` say."""
     vocab, hidden = weights.config.vocab_size, weights.config.hidden_size
-
-    def head() -> npt.NDArray[np.float32]:
-        return shaped(f"{HEAD}.weight", weights.tensor(f"{HEAD}.weight"), (vocab, hidden))
 
     def spec(part: str, dtype: str, shape: tuple[int, ...], form: str, parameters: int) -> TensorSpec:
         name = f"{HEAD}.{part}"
@@ -94,15 +97,15 @@ def head_source(weights: Weights, options: ExportOptions) -> Iterator[Source]:
         yield Source(specs=(bias,), read=lambda: [np.zeros(vocab, np.float32)])
     elif options.head == "fp32":
         weight = spec("weight", "float32", (hidden, vocab), "fp32", vocab * hidden)
-        yield Source(specs=(weight,), read=lambda: [np.ascontiguousarray(head().T)])
+        yield Source(specs=(weight,), read=lambda: [np.ascontiguousarray(_full_rows(weights, HEAD).T)])
     else:
-        bits, form = HEAD_BITS[options.head], f"{options.head} block {HEAD_BLOCK}"
+        bits, form = CODE_BITS[options.head], f"{options.head} block {HEAD_BLOCK}"
+        name = HEAD
+        if rows_are_shared(weights.config, options):
+            name, form = EMBEDDING, f"{form}, and the embedding"
 
-        def quantized() -> QuantizedHead:
-            stored = weights.quantized_head(bits) if isinstance(weights, HasQuantizedHead) else None
-            if stored is None and (binary := _binary_head(weights)) is not None:
-                stored = head_from_binary(binary, bits)
-            return stored or quantize_head(head(), bits)
+        def quantized() -> QuantizedRows:
+            return _quantized(weights, name, bits)
 
         if options.ours(weights.config):
             shape = (-(-vocab // TILE_ROWS), -(-hidden // HEAD_GROUP), tile_group_bytes(bits))
@@ -113,6 +116,39 @@ def head_source(weights: Weights, options: ExportOptions) -> Iterator[Source]:
             codes = spec("codes", "uint8", (vocab, blocks, HEAD_BLOCK * bits // 8), form, vocab * hidden)
             scales = spec("scales", "float32", (vocab * blocks,), form, 0)
             yield Source(specs=(codes, scales), read=lambda: quantized().stock())
+
+
+def _packed_rows(weights: Weights, bits: int) -> Source:
+    """Codes and fp16 scales of the embedding."""
+    vocab, hidden = weights.config.vocab_size, weights.config.hidden_size
+    blocks, form = -(-hidden // HEAD_BLOCK), f"int{bits} block {HEAD_BLOCK}"
+
+    def spec(part: str, dtype: str, shape: tuple[int, ...], parameters: int) -> TensorSpec:
+        name = f"{EMBEDDING}.{part}"
+        return TensorSpec(name=name, dtype=dtype, shape=shape, group="embedding", form=form, parameters=parameters)
+
+    def read() -> list[npt.NDArray[Any]]:
+        rows = _quantized(weights, EMBEDDING, bits)
+        return [rows.packed(), rows.scales]
+
+    codes = spec("codes", "uint8", (vocab, blocks, HEAD_BLOCK * bits // 8), vocab * hidden)
+    return Source(specs=(codes, spec("scales", "float16", (vocab, blocks), 0)), read=read)
+
+
+def _quantized(weights: Weights, name: str, bits: int) -> QuantizedRows:
+    """Head or embedding in so many bits: as the weights hold it where they do, else from 1 bit or full precision."""
+    of_head = name == HEAD
+    stored, binary = None, _binary_head(weights) if of_head else _binary_embedding(weights)
+    if isinstance(weights, HasQuantizedRows):
+        stored = weights.quantized_head(bits) if of_head else weights.quantized_embedding(bits)
+    if stored is None and binary is not None:
+        stored = rows_from_binary(binary, bits, f"{name}.weight")
+    return stored or quantize_rows(_full_rows(weights, name), bits, f"{name}.weight")
+
+
+def _full_rows(weights: Weights, name: str) -> npt.NDArray[np.float32]:
+    shape = weights.config.vocab_size, weights.config.hidden_size
+    return shaped(f"{name}.weight", weights.tensor(f"{name}.weight"), shape)
 
 
 def _binary_rows(weights: Weights, name: str, options: ExportOptions) -> Source:

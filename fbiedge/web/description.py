@@ -45,7 +45,7 @@ def describe(model: ModelFile) -> dict[str, Any]:
         "vocabSize": config.vocab_size,
         "capacity": config.max_position_embeddings,
         "kvCache": model.kv_cache,
-        "needsF16": _has_fp16_embedding(model),
+        "needsF16": _looks_up_fp16(model),
         "ends": sorted(end_tokens(model, tokenizer)),
         "tokenizer": model.json("tokenizer"),
         "bos": tokenizer.token_id(tokenizer.bos_token) if tokenizer.bos_token else None,
@@ -60,9 +60,10 @@ def _name(path: Path) -> str:
     return path.resolve().parent.name if path.name == "model.onnx" else path.stem
 
 
-def _has_fp16_embedding(model: ModelFile) -> bool:
-    """Such a model runs on no GPU without 16-bit floats."""
+def _looks_up_fp16(model: ModelFile) -> bool:
+    """Whether the embedding is fp16, or int8 or int4 with scales of fp16: that runs on no GPU without 16-bit floats."""
     rows = model.json("inventory") or []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ModelFileError(f"{model.path} has an unusable fbiedge.inventory; export it again")
-    return any(row.get("group") == "embedding" and row.get("form") == "fp16" for row in rows)
+    forms = [str(row.get("form")) for row in rows if row.get("group") == "embedding"]
+    return any(form.startswith(("fp16", "int8", "int4")) for form in forms)

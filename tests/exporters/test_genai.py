@@ -121,6 +121,14 @@ def test_stock_operators(bits: Any, tmp_path: Path) -> None:
     assert_same(folder, library=False)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_an_embedding_of_4_bits(tied: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    weights = open_checkpoint(tiny_checkpoint(tmp_path / "in", tie_word_embeddings=tied))
+    export_genai(weights, folder, **{**EXACT, "head": "int4"}, embedding="int4")
+    assert_same(folder, library=False)
+
+
 def test_a_tied_qwen3_of_1_bit_with_external_data(tmp_path: Path) -> None:
     config = small_config(
         "block", vocab_size=259, head_dim=16, hidden_size=128, model_type="qwen3", tie_word_embeddings=True

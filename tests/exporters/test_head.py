@@ -20,11 +20,11 @@ from fbiedge.errors import CheckpointError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.exporters.onnx.fallback_head import half_tables, matmul_nbits_function
 from fbiedge.exporters.onnx.head import (
-    QuantizedHead,
+    QuantizedRows,
     dequantize_stock,
-    head_from_stock,
-    head_from_tiles,
-    quantize_head,
+    quantize_rows,
+    rows_from_stock,
+    rows_from_tiles,
 )
 from fbiedge.session import Session
 from fbiedge.weights import open_checkpoint
@@ -33,7 +33,7 @@ BITS = {"int8": 8, "int4": 4}
 SIZES = [(1, 1), (5, 31), (16, 128), (33, 64), (80, 172)]
 
 
-def same_head(a: QuantizedHead, b: QuantizedHead) -> bool:
+def same_head(a: QuantizedRows, b: QuantizedRows) -> bool:
     return a.bits == b.bits and np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales)
 
 
@@ -41,7 +41,7 @@ def same_head(a: QuantizedHead, b: QuantizedHead) -> bool:
 def test_8_bits_err_by_at_most_half_a_step(n: int, k: int) -> None:
     weight = np.random.default_rng(3).normal(size=(n, k)).astype(np.float32)
     weight[0] = 0
-    head = quantize_head(weight, 8)
+    head = quantize_rows(weight, 8)
     assert head.codes.shape == (n, -(-k // 32), 32) and head.scales.shape == (n, -(-k // 32))
     step = np.repeat(head.scales.astype(np.float32), 32, axis=1)[:, :k]
     assert (np.abs(head.dequantize(k) - weight) <= 0.5651 * step).all()  # 0.5, and 127 times what fp16 rounds off
@@ -53,7 +53,7 @@ def test_8_bits_err_by_at_most_half_a_step(n: int, k: int) -> None:
 def test_small_weights_never_come_back_larger_or_as_nonsense(bits: int, scale: float) -> None:
     """Below 2^-14, fp16 scales are subnormal and coarse; at last they are 0 and so is the block."""
     weight = np.random.default_rng(4).normal(0, scale, (64, 96)).astype(np.float32)
-    back = quantize_head(weight, bits).dequantize(96)
+    back = quantize_rows(weight, bits).dequantize(96)
     assert np.abs(back).max() <= 1.5 * np.abs(weight).max()
     assert np.sqrt(((back - weight) ** 2).mean()) <= scale * (1 if scale < 1e-5 else 0.1)
 
@@ -61,7 +61,7 @@ def test_small_weights_never_come_back_larger_or_as_nonsense(bits: int, scale: f
 def test_4_bits_err_by_less_than_plain_rounding() -> None:
     """Normal weights: 8.2 % of their norm, where max / -8 as in ggml's Q4_0 loses 8.6 %."""
     weight = np.random.default_rng(5).normal(0, 0.02, (512, 768)).astype(np.float32)
-    error = quantize_head(weight, 4).dequantize(768) - weight
+    error = quantize_rows(weight, 4).dequantize(768) - weight
     relative = np.sqrt((error**2).mean() / (weight**2).mean())
     blocks = weight.reshape(512, -1, 32)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -72,7 +72,7 @@ def test_4_bits_err_by_less_than_plain_rounding() -> None:
 
 def test_weights_beyond_fp16_scales_are_refused() -> None:
     with pytest.raises(CheckpointError, match="lm_head.weight is too large for fp16 scales"):
-        quantize_head(np.full((1, 32), 1e8, np.float32), 8)
+        quantize_rows(np.full((1, 32), 1e8, np.float32), 8)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -82,17 +82,17 @@ def test_packings_hold_what_they_say_and_come_back(n: int, k: int, bits: int) ->
     blocks = -(-k // 32)
     codes = np.full((n, blocks * 32), 1 << (bits - 1), np.uint8)
     codes[:, :k] = p.codes
-    head = QuantizedHead(bits=bits, codes=codes.reshape(n, blocks, 32), scales=p.scales)
+    head = QuantizedRows(bits=bits, codes=codes.reshape(n, blocks, 32), scales=p.scales)
     np.testing.assert_allclose(head.dequantize(k), p.weight, rtol=1e-6)
     # Padding inside a block holds the zero point; the specification leaves it open.
     np.testing.assert_array_equal(head.tiles(), replace(p, k=blocks * 32, codes=codes).tiles())
-    assert same_head(head_from_tiles(head.tiles(), bits, n, k), head)
+    assert same_head(rows_from_tiles(head.tiles(), bits, n, k), head)
     packed, scales = head.stock()
     assert packed.shape == (n, blocks, 4 * bits) and scales.shape == (n * blocks,)
     np.testing.assert_array_equal(dequantize_stock(packed, scales, bits, k), head.dequantize(k))
-    back = head_from_stock(packed, scales, bits)
+    back = rows_from_stock(packed, scales, bits)
     assert back is not None and same_head(back, head)
-    assert head_from_stock(packed, scales * np.float32(1.0001), bits) is None
+    assert rows_from_stock(packed, scales * np.float32(1.0001), bits) is None
 
 
 def test_half_tables_give_every_finite_number() -> None:
@@ -133,14 +133,14 @@ def test_a_model_read_back_exports_to_the_same_bytes(pattern: str, head: str, ex
     export_onnx(back, paths[1], head=head, **limit)
     for name in ("model.onnx", "model.onnx.data") if external else ("model.onnx",):
         assert paths[0].with_name(name).read_bytes() == paths[1].with_name(name).read_bytes()
-    expected = quantize_head(weights.tensor("lm_head.weight"), BITS[head])
+    expected = quantize_rows(weights.tensor("lm_head.weight"), BITS[head])
     np.testing.assert_array_equal(back.tensor("lm_head.weight"), expected.dequantize(weights.config.hidden_size))
 
 
 def test_a_head_of_another_precision_is_quantised_anew(tmp_path: Path) -> None:
     first = tiny_model(tmp_path, export={"head": "int8"})
     export_onnx(open_onnx(first), tmp_path / "int4.onnx", head="int4")
-    expected = quantize_head(open_onnx(first).tensor("lm_head.weight"), 4).dequantize(72)
+    expected = quantize_rows(open_onnx(first).tensor("lm_head.weight"), 4).dequantize(72)
     np.testing.assert_array_equal(open_onnx(tmp_path / "int4.onnx").tensor("lm_head.weight"), expected)
 
 

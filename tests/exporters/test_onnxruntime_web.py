@@ -15,7 +15,7 @@ from support.checkpoints import small_config
 from support.random_weights import random_weights
 
 from fbiedge.config import ModelConfig
-from fbiedge.exporters.onnx import export_onnx
+from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.reference import Reference
 from fbiedge.weights import Weights
 
@@ -68,6 +68,27 @@ def test_a_tied_qwen3_of_1_bit(bits: Any, web: Path, tmp_path: Path) -> None:
     weights, path = random_weights(config, binary_head=True), tmp_path / "model.onnx"
     export_onnx(weights, path, operators="stock", stock_bits=bits, accuracy_level="fp32")
     wanted = expected(weights)
+    np.testing.assert_allclose(in_web(web, path), wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("embedding", "tied", "form"),
+    [("int8", False, {}), ("int4", False, {}), ("int4", True, {}), ("int8", True, {"operators": "stock"})],
+    ids=["int8", "int4", "tied-int4", "tied-int8-stock"],
+)
+def test_a_quantised_embedding(
+    embedding: Any,
+    tied: bool,
+    form: dict[str, Any],
+    web: Path,
+    make_weights: Callable[[ModelConfig], Weights],
+    tmp_path: Path,
+) -> None:
+    """Tied and of our operators, it is read out of the head's tiles."""
+    weights = make_weights(small_config(head_dim=16, tie_word_embeddings=tied))
+    path = tmp_path / "model.onnx"
+    export_onnx(weights, path, embedding=embedding, head=embedding, accuracy_level="fp32", kv_cache="fp32", **form)
+    wanted = expected(open_onnx(path))
     np.testing.assert_allclose(in_web(web, path), wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
 
 

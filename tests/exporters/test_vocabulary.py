@@ -22,7 +22,7 @@ from fbiedge.bits import tile_bits
 from fbiedge.errors import UsageError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.exporters.onnx.embedding import binary_rows
-from fbiedge.exporters.onnx.head import head_from_binary
+from fbiedge.exporters.onnx.head import rows_from_binary
 from fbiedge.exporters.onnx.nodes import Nodes
 from fbiedge.exporters.onnx.sources import tile_scales
 from fbiedge.inspection import inspect
@@ -155,7 +155,7 @@ def test_what_is_read_back_is_what_was_written(tied: bool, tmp_path: Path) -> No
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("embedding", ["fp32", "fp16", "1bit"])
+@pytest.mark.parametrize("embedding", ["fp32", "fp16", "int8", "int4", "1bit"])
 @pytest.mark.parametrize("head", ["int8", "int4", "fp32", "1bit"])
 def test_any_form_can_be_had_of_1_bit(head: str, embedding: str, tmp_path: Path) -> None:
     """All are exact: quantising gives codes of ± 1, and the scales are fp16 numbers."""
@@ -176,7 +176,7 @@ def test_a_head_quantised_from_1_bit_is_the_same_head(k: int, bits: int) -> None
     weights = random_weights(small_config("block", hidden_size=k), binary_head=True)
     rows = weights.binary_head()
     assert rows is not None
-    np.testing.assert_array_equal(head_from_binary(rows, bits).dequantize(k), rows.dense())
+    np.testing.assert_array_equal(rows_from_binary(rows, bits).dequantize(k), rows.dense())
 
 
 def test_other_models_get_what_they_got(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_other_models_get_what_they_got(tmp_path: Path) -> None:
     export_onnx(weights, path)
     groups = {row["group"]: row["form"] for row in json.loads(metadata_of(path)["inventory"])}
     assert (groups["head"], groups["embedding"]) == ("int8 block 32", "fp32")
-    for option, choice in (("head", "int8, int4 or fp32"), ("embedding", "fp32 or fp16")):
+    for option, choice in (("head", "int8, int4 or fp32"), ("embedding", "fp32, fp16, int8 or int4")):
         with pytest.raises(UsageError, match=f"{option} is '1bit', but .*; choose {choice}"):
             export_onnx(weights, path, **{option: "1bit"})  # type: ignore[arg-type]
 

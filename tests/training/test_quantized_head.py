@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny_run import model_config, training_config
 
-from fbiedge.exporters.onnx.head import quantize_head
+from fbiedge.exporters.onnx.head import quantize_rows
 from fbiedge.training.checkpoint import load_model
 from fbiedge.training.loss import head_losses
 from fbiedge.training.prepare import open_batches, prepare_run
@@ -30,14 +30,14 @@ def weights(n: int, k: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("k", [32, 64, 100, 7])
 def test_int8_is_the_exporters_to_the_last_bit(k: int) -> None:
     weight = weights(60, k, seed=k)
-    expected = quantize_head(weight.numpy(), 8).dequantize(k)
+    expected = quantize_rows(weight.numpy(), 8).dequantize(k)
     assert np.array_equal(quantized(weight, "int8").numpy(), expected)
 
 
 @pytest.mark.parametrize("k", [32, 64, 100, 7])
 def test_int4_is_the_exporters_but_for_ties(k: int) -> None:
     weight = weights(400, k, seed=k)
-    got, expected = quantized(weight, "int4").numpy(), quantize_head(weight.numpy(), 4).dequantize(k)
+    got, expected = quantized(weight, "int4").numpy(), quantize_rows(weight.numpy(), 4).dequantize(k)
     assert (got != expected).any(axis=1).mean() < 0.01
     errors = [np.square(rounded - weight.numpy()).sum() for rounded in (got, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
@@ -63,7 +63,7 @@ def test_the_loss_watched_in_training_is_that_of_the_exported_head(precision: st
     *_, last = execute_run(tmp_path / "run")
     model = load_model(tmp_path / "run" / "model")
     latent = model.lm_head.weight.detach()
-    exported = torch.from_numpy(quantize_head(latent.numpy(), BITS[precision]).dequantize(latent.shape[1]))
+    exported = torch.from_numpy(quantize_rows(latent.numpy(), BITS[precision]).dequantize(latent.shape[1]))
     ids, targets = map(torch.from_numpy, open_batches(tmp_path / "run", plan)[1].batch(0))
     with torch.no_grad():
         features = model.features(ids)
