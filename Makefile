@@ -11,7 +11,7 @@ ONNX ?= fbiedge/models/default.onnx
 TEXT ?= $(RUNS)/text/held_out_stories.txt
 
 .PHONY: chat test test-native-asan fuzz check format model wheels bench-ops bench-peers bench-peers-avx2 bench-levels \
-    bench-neighbour bench-serve bench-generation bench-loss clean
+    bench-neighbour bench-serve bench-generation bench-loss bench-train results clean
 
 chat: $(VENV)/runtime.stamp  ## chat with the bundled 1-bit model
 	@$(BIN)/fbiedge chat
@@ -68,6 +68,13 @@ bench-generation: $(VENV)/dev.stamp  ## what lookup, constraints, prompt caches 
 
 bench-loss: $(VENV)/dev.stamp  ## memory and time of the training loss, in chunks and whole (takes 16 GB); last line JSON
 	@$(BIN)/python tests/benchmarks/loss_memory.py
+
+# `make bench-train TRAIN_OPTIONS='--preset 130m --batch 16 --sequence-length 2048 --memory chunked,whole'`: memory instead.
+bench-train: $(VENV)/dev.stamp  ## speed of a training step, and what binary linears cost beside dense ones; last line JSON
+	@$(BIN)/python tests/benchmarks/train_step.py $(TRAIN_OPTIONS)
+
+results: $(VENV)/dev.stamp  ## the runs, tables and figures of training/RESULTS.md, from DATA (hours on two cores)
+	$(BIN)/python -m fbiedge.training.experiments --data $(DATA) --recipe $(RUNS) --out $(or $(EXPERIMENTS),runs/experiments)
 
 check: $(VENV)/dev.stamp  ## linters, types, formatting
 	$(BIN)/ruff check .

@@ -12,20 +12,14 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from resident import peak_memory
 from torch import Tensor
 
 from fbiedge.training.loss import head_losses
-
-
-def resident_bytes() -> int:
-    """Of this process, now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def whole(features: Tensor, head: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
@@ -42,27 +36,16 @@ def measure(form: str, shape: argparse.Namespace) -> dict[str, float]:
     head, guide_head = (torch.randn(shape.vocab, shape.hidden, generator=random) * 0.02 for _ in range(2))
     targets = torch.randint(0, shape.vocab, (positions,), generator=random)
     features.requires_grad_(), head.requires_grad_()
-    before = peak = resident_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
-        if form == "whole":
-            loss = whole(features, head, (guide, guide_head))
-        else:
-            loss = head_losses(features, head, targets, teacher=(guide, guide_head), chunk=int(form)).loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    with peak_memory() as peak:
+        with torch.autocast("cpu", torch.bfloat16):
+            if form == "whole":
+                loss = whole(features, head, (guide, guide_head))
+            else:
+                loss = head_losses(features, head, targets, teacher=(guide, guide_head), chunk=int(form)).loss
+        loss.backward()  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    return {"peak_bytes": peak - before, "seconds": seconds, "loss": loss.item()}
+    return {"peak_bytes": peak.most - peak.before, "seconds": seconds, "loss": loss.item()}
 
 
 def main() -> None:
