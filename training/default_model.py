@@ -183,11 +183,11 @@ def stages(
 def run_stage(name: str, plan: RunPlan, data: Path, out: Path, console: Console) -> None:
     """Run one of `stages`, or what is left of it. Raises UsageError, and typer.Exit where Ctrl-C stopped it."""
     console.rule(name)
-    if not (out / name / "run.json").exists():
+    if not (begun := (out / name / "run.json").exists()):
         if not (out / "text" / "train.txt").exists():
             write_texts(data, out / "text")
         prepare_stage(out / name, plan, out / "text")
-    done = run_with_progress(out / name, True, console)
+    done = run_with_progress(out / name, begun, console)
     if done is not None and done.step < RunPlan.load(out / name).training.steps:
         raise typer.Exit(STOPPED)
 

@@ -14,8 +14,9 @@ seed, for which `column, another seed` is there.
 from __future__ import annotations
 
 import csv
+import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from rich.console import Console
 
 from fbiedge.config import ModelConfig, ScalingPattern, preset
 from fbiedge.errors import FbiEdgeError, UsageError
+from fbiedge.files import atomic_file
 
 from . import default_model
 from .checkpoint import load_model
@@ -37,6 +39,7 @@ from .documents import encode, ids_dtype, read_documents
 from .loss import head_losses
 from .model import Llama
 from .plan import RunPlan
+from .plots import Panel, plot_panels, save
 from .prepare import prepare_run
 from .progress import run_with_progress
 from .shards import open_shard, write_shard
@@ -44,7 +47,7 @@ from .tokenizer import read_tokenizer
 
 MODEL = replace(preset("small"), num_hidden_layers=4, max_position_embeddings=256)
 TRAINING = TrainConfig(
-    steps=300, batch_size=16, sequence_length=256, learning_rate=2e-3, warmup_steps=50, checkpoint_every=50,
+    steps=250, batch_size=16, sequence_length=256, learning_rate=2e-3, warmup_steps=50, checkpoint_every=50,
     eval_every=50, compile=True,
 )  # fmt: skip
 HELD_OUT = "text/held_out_stories.txt"
@@ -120,6 +123,17 @@ def difference(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> tuple[
 
 
 @dataclass(frozen=True, kw_only=True)
+class Point:
+    """One logged step of a run; null what that step doesn't tell."""
+
+    run: str
+    step: int
+    tokens: int
+    held_out: float | None  # nats per token, of the windows that the run itself looks at
+    flip_flop: float | None  # share of all binary weights whose sign the step changed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One run in the table of one question; losses in nats per token."""
 
@@ -146,15 +160,47 @@ def compare(losses: Mapping[str, npt.NDArray[np.float64]], tokens: int) -> list[
     return rows
 
 
-def write_table(path: Path, rows: Iterable[Row]) -> None:
-    """The rows as CSV."""
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, [name for name in Row.__dataclass_fields__], lineterminator="\n")
+def curve(name: str, metrics: Path) -> list[Point]:
+    """What a run logged."""
+    points = []
+    for line in metrics.read_text().splitlines():
+        record = json.loads(line)
+        layers = record["layers"]  # of one size
+        flips = None if layers is None else sum(layer["flip_flop"] for layer in layers) / len(layers)
+        points.append(
+            Point(run=name, step=record["step"], tokens=record["tokens"], held_out=record["eval_loss"], flip_flop=flips)
+        )
+    return points
+
+
+def write_csv(path: Path, rows: Sequence[Row] | Sequence[Point], digits: str) -> None:
+    """The rows as a table, whole or not at all."""
+    records = [
+        {name: f"{value:{digits}}" if isinstance(value, float) else value for name, value in asdict(row).items()}
+        for row in rows
+    ]
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         table.writeheader()
-        for row in rows:
-            table.writerow(
-                {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in asdict(row).items()}
-            )
+        table.writerows(records)
+
+
+def series(points: Sequence[Point], run: str, field: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
+    """Tokens and values of the points of a run that have a value."""
+    known = [(p.tokens, getattr(p, field)) for p in points if p.run == run and getattr(p, field) is not None]
+    return [tokens for tokens, _ in known], [factor * value for _, value in known]
+
+
+def draw(out: Path, points: Sequence[Point]) -> None:
+    """For each question the held-out loss of its runs over the tokens they saw, and how many signs still change."""
+    for key, question in QUESTIONS.items():
+        losses = {name: series(points, name, "held_out") for name in question.runs}
+        panels = [Panel(y_label="held-out loss (nats/token)", series=losses, dots=True, height=3.4)]
+        flips = {name: series(points, name, "flip_flop", 100) for name in question.runs}
+        binary = {name: line for name, line in flips.items() if line[0]}
+        if len(binary) > 1:
+            panels.append(Panel(y_label="signs changed in a step (%)", series=binary, log_y=True, height=2.4))
+        save(plot_panels(panels), out / f"{key}.png")
 
 
 def held_out_tokens(text: Path, model: Path, config: ModelConfig, scratch: Path) -> npt.NDArray[np.integer[Any]]:
@@ -169,10 +215,10 @@ def execute(name: str, plan: RunPlan, recipe: Path, teacher: Path, out: Path, co
     """Train one run, or what is left of it. Raises typer.Exit where Ctrl-C stopped it."""
     console.rule(name)
     run, texts = folder(out, name), recipe / "text"
-    if not (run / "run.json").exists():
+    if not (begun := (run / "run.json").exists()):
         tokenizer = teacher / "tokenizer.json" if plan.teacher is None else None
         prepare_run(run, plan, [texts / "train.txt"], [recipe / HELD_OUT], tokenizer)
-    done = run_with_progress(run, True, console)
+    done = run_with_progress(run, begun, console)
     if done is not None and done.step < plan.training.steps:
         raise typer.Exit(STOPPED)
 
@@ -209,7 +255,10 @@ def main(
         losses = held_out(wanted, recipe, teacher, out)
         rows = compare(losses, TRAINING.steps * TRAINING.batch_size * TRAINING.sequence_length)
         results.mkdir(parents=True, exist_ok=True)
-        write_table(results / "held_out.csv", rows)
+        points = [point for name in wanted for point in curve(name, folder(out, name) / "metrics.jsonl")]
+        write_csv(results / "held_out.csv", rows, ".4f")
+        write_csv(results / "curves.csv", points, ".6g")
+        draw(results, points)
         for row in rows:
             console.print(
                 f"{row.question:4} {row.run:32} {row.held_out:.4f}  {row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
