@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -15,6 +16,7 @@ from fbiedge.errors import UsageError
 from fbiedge.weights import open_checkpoint
 
 from .corpus import DataOptions, numbers
+from .loggers import require_packages
 from .parallel import agreed, is_first, joined, spoken_by_first, team
 from .plan import COLUMN_SHARED, RunPlan, TeacherDtype
 from .prepare import prepare_run
@@ -132,11 +134,18 @@ def train(
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between held-out losses.")] = None,
     eval_sequences: Annotated[int | None, typer.Option(help="Held-out sequences per evaluation.")] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Log to OUT/tensorboard, too.")
+    ] = None,
+    wandb: Annotated[
+        str | None, typer.Option(metavar="PROJECT", help="Log to this project of Weights & Biases, too.")
+    ] = None,
     peak_tflops: Annotated[
         float | None, typer.Option(help="Peak of one device, for MFU; by default by its datasheet, where it is known.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from OUT's last save, with OUT's own options.")
+        bool,
+        typer.Option("--resume", help="Go on from OUT's last save, with OUT's own options but those just above."),
     ] = False,
 ) -> None:
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
@@ -144,9 +153,12 @@ def train(
     console = Console(quiet=not is_first())
     with agreed(hours=True):
         if resume:
-            if others := _given(context) - {"--out", "--resume"}:
+            if others := _given(context) - {"--out", "--resume", "--tensorboard", "--wandb", "--peak-tflops"}:
                 raise UsageError(f"--resume goes on with {out}'s own options; leave {' and '.join(sorted(others))} out")
-            RunPlan.load(out)
+            before = RunPlan.load(out)
+            watched = _watched(before, tensorboard, wandb, peak_tflops)
+            if watched != before and is_first():
+                watched.save(out)
         if not resume and is_first():
             if not data:
                 raise UsageError("no --data given; name a text file, or what else --help lists")
@@ -193,8 +205,8 @@ def train(
                 model=model, training=training, teacher=None if teacher_folder is None else str(teacher_folder),
                 teacher_dtype=cast(TeacherDtype, teacher_dtype or recipe.teacher_dtype), preset=preset_name,
                 init=None if init is None else str(init.resolve()), shared_scales=scaling_pattern == COLUMN_SHARED,
-                peak_tflops=peak_tflops,
             )  # fmt: skip
+            plan = _watched(plan, tensorboard, wandb, peak_tflops)
             options = DataOptions(
                 text_field=text_field, skip_corrupt=skip_corrupt, most_tokens=data_tokens,
                 skip_chunks=recipe.skip_chunks if skip_chunks is None else numbers(skip_chunks),
@@ -221,6 +233,21 @@ def train(
     else:
         head_option = "" if plan.training.head == "fp32" else f" --head {plan.training.head}"
         console.print(f"next: fbiedge export {out / 'model'} --to onnx{head_option} -o model.onnx", soft_wrap=True)
+
+
+def _watched(plan: RunPlan, tensorboard: bool | None, wandb: str | None, peak_tflops: float | None) -> RunPlan:
+    """`plan` with what was given of how it is watched. Raises UsageError where a package for it is missing."""
+    changes: dict[str, Any] = {}
+    if tensorboard is not None:
+        changes["tensorboard"] = tensorboard
+    if peak_tflops is not None:
+        changes["peak_tflops"] = peak_tflops
+    if wandb is not None and wandb != plan.wandb:
+        changes |= {"wandb": wandb, "wandb_run": secrets.token_hex(4)}
+    watched = dataclasses.replace(plan, **changes)
+    if is_first():
+        require_packages(watched)
+    return watched
 
 
 def _print_plan(plan: RunPlan, out: Path, console: Console) -> None:

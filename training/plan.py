@@ -33,6 +33,9 @@ class RunPlan:
     held_out: tuple[str, ...] = ()
     shards: str | None = None  # folder of the token shards (corpus.py); None: the run's own
     peak_tflops: float | None = None  # of one device, for MFU; None: what flops.py knows
+    tensorboard: bool = False  # log to RUN/tensorboard, too
+    wandb: str | None = None  # log to this project of Weights & Biases, too,
+    wandb_run: str | None = None  # as its run of this id, whichever part of our run it is
 
     def __post_init__(self) -> None:
         if self.teacher_dtype not in get_args(TeacherDtype):

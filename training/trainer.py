@@ -42,6 +42,11 @@ class StepReport:
     mfu: float | None = None  # model FLOPs by the peak of all devices, see flops.py; None where that isn't known
     layers: tuple[LayerReport, ...] | None = None  # on logged steps of a binary model
 
+    @property
+    def flip_flop(self) -> float | None:
+        """The share of all binary weights whose sign the step changed: layers have equally many."""
+        return None if not self.layers else sum(layer.flip_flop for layer in self.layers) / len(self.layers)
+
 
 def train(
     run: Path,
