@@ -110,6 +110,9 @@ def train(
     head: Annotated[
         str | None, typer.Option(help="fp32, or int8 or int4: rounded in training as that export will be.")
     ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="fp32, or int8 or int4: likewise; of a tied model the same as --head.")
+    ] = None,
     loss_chunk: Annotated[int | None, typer.Option(help="Positions whose logits are held at once.")] = None,
     loss_jump: Annotated[
         float | None, typer.Option(help="Nats above the lowest loss level so far at which a run has diverged.")
@@ -190,7 +193,8 @@ def train(
                 "sequence_length": sequence_length, "learning_rate": learning_rate,
                 "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
                 "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
-                "one_hot_share": one_hot_share, "head": head, "loss_chunk": loss_chunk, "loss_jump": loss_jump,
+                "one_hot_share": one_hot_share, "head": head, "embedding": embedding, "loss_chunk": loss_chunk,
+                "loss_jump": loss_jump,
                 "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "compile": compile_model,
                 "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
                 "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
@@ -231,8 +235,9 @@ def train(
     elif plan.model.scaling_pattern == "none":
         console.print(f"next: fbiedge train --teacher {out / 'model'} --data ... -o STUDENT", soft_wrap=True)
     else:
-        head_option = "" if plan.training.head == "fp32" else f" --head {plan.training.head}"
-        console.print(f"next: fbiedge export {out / 'model'} --to onnx{head_option} -o model.onnx", soft_wrap=True)
+        held = {"head": plan.training.head, "embedding": plan.training.embedding}
+        as_trained = "".join(f" --{part} {form}" for part, form in held.items() if form != "fp32")
+        console.print(f"next: fbiedge export {out / 'model'} --to onnx{as_trained} -o model.onnx", soft_wrap=True)
 
 
 def _watched(plan: RunPlan, tensorboard: bool | None, wandb: str | None, peak_tflops: float | None) -> RunPlan:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from fbiedge.errors import UsageError
 
-HeadPrecision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     one_hot_share: float = 0.0  # of the loss, beside distillation; without a teacher the loss is one-hot alone
-    head: HeadPrecision = "fp32"  # as the export will hold it, see quantized_head.py
+    head: Precision = "fp32"  # as the export will hold it, see quantized_head.py
+    embedding: Precision = "fp32"  # likewise
     loss_chunk: int = 1024  # positions whose logits are held at once
     micro_batch_size: int = 0  # sequences a process computes at once, gradients adding up; 0: all of its share
     seed: int = 11111
@@ -65,8 +66,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a number from 0 to below 1")
-        if self.head not in get_args(HeadPrecision):
-            raise UsageError(f"head is {self.head!r}, expected one of {', '.join(get_args(HeadPrecision))}")
+        for name in ("head", "embedding"):
+            if getattr(self, name) not in get_args(Precision):
+                raise UsageError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(Precision))}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

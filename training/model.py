@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
 from fbiedge.errors import UsageError
 
+from .quantized_head import Embedding
+
 
 class SignSTE(torch.autograd.Function):
     """sign with sign(0) = +1 forward; identity backward (straight-through, no clipping, as published)."""
@@ -145,7 +147,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

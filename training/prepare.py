@@ -45,6 +45,11 @@ def prepare_run(
     model's vocabulary, or a teacher or a starting checkpoint that doesn't fit.
     """
     check_trainable(plan.model)
+    head, embedding = plan.training.head, plan.training.embedding
+    if plan.model.tie_word_embeddings and head != embedding:
+        raise UsageError(
+            f"head is {head!r} and embedding {embedding!r}, but they are one matrix in this model; give both alike"
+        )
     options = options or DataOptions()
     corrupt = Corrupt(skip=options.skip_corrupt)
     run.mkdir(parents=True, exist_ok=True)

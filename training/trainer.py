@@ -143,6 +143,7 @@ class Objective:
     def __init__(self, here: Team, model: Llama, teacher: Llama | None, config: TrainConfig) -> None:
         self.here, self.config = here, config
         self.rows = here.rows(config.batch_size)
+        model.model.embed_tokens.precision = config.embedding
         self.model = place(ready(model, config), here)
         self.teacher = None if teacher is None else place(ready(freeze(teacher, config.bf16), config), here)
 

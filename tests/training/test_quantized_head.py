@@ -1,22 +1,31 @@
-"""A head that is trained as it will be exported: the same numbers, gradients straight through, an export without loss."""
+"""Head and embedding trained as they will be exported: the same numbers, gradients straight through, an export without loss."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.tiny_run import model_config, training_config
 
+from fbiedge.errors import UsageError
+from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.exporters.onnx.head import quantize_rows
+from fbiedge.reference import Reference
+from fbiedge.session import Session
 from fbiedge.training.checkpoint import load_model
+from fbiedge.training.config import Precision
 from fbiedge.training.loss import head_losses
+from fbiedge.training.model import Llama
 from fbiedge.training.prepare import open_batches, prepare_run
-from fbiedge.training.quantized_head import quantized
+from fbiedge.training.quantized_head import Embedding, quantized
 from fbiedge.training.run import RunPlan, execute_run
+from fbiedge.weights import open_checkpoint
 
-BITS = {"int8": 8, "int4": 4}
+BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 
 
 def weights(n: int, k: int, seed: int) -> torch.Tensor:
@@ -28,25 +37,18 @@ def weights(n: int, k: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [32, 64, 100, 7])
-def test_int8_is_the_exporters_to_the_last_bit(k: int) -> None:
-    weight = weights(60, k, seed=k)
-    expected = quantize_rows(weight.numpy(), 8).dequantize(k)
-    assert np.array_equal(quantized(weight, "int8").numpy(), expected)
+@pytest.mark.parametrize("precision", BITS)
+def test_the_numbers_are_the_exporters_to_the_last_bit(precision: Precision, k: int) -> None:
+    weight = weights(3000, k, seed=k)
+    weight[2] = torch.tensor([0.5, -0.5]).repeat(k)[:k]  # which of two largest weights is scaled by
+    expected = quantize_rows(weight.numpy(), BITS[precision]).dequantize(k)
+    assert np.array_equal(quantized(weight, precision).numpy(), expected)
 
 
-@pytest.mark.parametrize("k", [32, 64, 100, 7])
-def test_int4_is_the_exporters_but_for_ties(k: int) -> None:
-    weight = weights(400, k, seed=k)
-    got, expected = quantized(weight, "int4").numpy(), quantize_rows(weight.numpy(), 4).dequantize(k)
-    assert (got != expected).any(axis=1).mean() < 0.01
-    errors = [np.square(rounded - weight.numpy()).sum() for rounded in (got, expected)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_gradients_go_straight_through(precision: str) -> None:
+@pytest.mark.parametrize("precision", BITS)
+def test_gradients_go_straight_through(precision: Precision) -> None:
     weight, x = weights(20, 64, seed=1).requires_grad_(), torch.randn(5, 64)
-    rounded = quantized(weight, precision)  # type: ignore[arg-type]
+    rounded = quantized(weight, precision)
     (x @ rounded.T).square().sum().backward()
     dense = rounded.detach().requires_grad_()
     (x @ dense.T).square().sum().backward()
@@ -55,7 +57,90 @@ def test_gradients_go_straight_through(precision: str) -> None:
     assert quantized(weight, "fp32") is weight
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", BITS)
+@pytest.mark.parametrize("tokens", [10, 500], ids=["few tokens", "many tokens"])
+def test_an_embedding_is_looked_up_rounded_whichever_way_is_shorter(precision: Precision, tokens: int) -> None:
+    table = Embedding(50, 72)
+    table.precision = precision
+    with torch.no_grad():
+        table.weight.copy_(weights(50, 72, seed=2))
+    ids = torch.randint(0, 50, (2, tokens // 2), generator=torch.Generator().manual_seed(3))
+    got = table(ids)
+    assert torch.equal(got, quantized(table.weight, precision)[ids])
+    upstream = torch.randn(got.shape)
+    (by_table,) = torch.autograd.grad(got, table.weight, upstream)
+    (by_rows,) = torch.autograd.grad(F.embedding(ids, table.weight), table.weight, upstream)
+    assert torch.equal(by_table, by_rows)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("precision", BITS)
+def test_an_export_computes_what_training_computed(
+    precision: Precision, tied: bool, text: Path, tmp_path: Path
+) -> None:
+    """Rows bit for bit, logits to rounding; a student whose embedding is rounded only then computes another model."""
+    training = training_config(
+        steps=4, eval_every=4, checkpoint_every=4, bf16=False, head=precision, embedding=precision,
+        activation_checkpointing=True,
+    )  # fmt: skip
+    config = model_config("column", tie_word_embeddings=tied)
+    prepare_run(tmp_path / "run", RunPlan(model=config, training=training, teacher=None), [text], [])
+    students: list[Llama] = []
+    list(execute_run(tmp_path / "run", on_start=lambda model, _: students.append(model)))
+    (student,) = students
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        rows, features = student.model.embed_tokens(ids), student.features(ids)
+        logits = features @ quantized(student.lm_head.weight, precision).T
+    export_onnx(
+        open_checkpoint(tmp_path / "run" / "model"), tmp_path / "model.onnx", head=precision, embedding=precision,
+        accuracy_level="fp32", kv_cache="fp32",
+    )  # fmt: skip
+    exported = open_onnx(tmp_path / "model.onnx")
+    assert np.array_equal(exported.tensor("model.embed_tokens.weight")[ids[0]], rows[0].numpy())
+    for got in (
+        Reference(exported).logits(ids[0].tolist()),
+        Session.open(tmp_path / "model.onnx").all_logits(ids[0].tolist()),
+    ):
+        np.testing.assert_allclose(got, logits[0].numpy(), rtol=0, atol=2e-5 * logits.abs().max().item())
+    plain = Reference(open_checkpoint(tmp_path / "run" / "model")).logits(ids[0].tolist())
+    assert np.abs(plain - logits[0].numpy()).max() > 1e-3 * logits.abs().max()
+
+
+def test_a_tied_model_has_one_precision(text: Path, tmp_path: Path) -> None:
+    plan = RunPlan(
+        model=model_config("column", tie_word_embeddings=True), training=training_config(head="int8"), teacher=None
+    )
+    with pytest.raises(UsageError, match="head is 'int8' and embedding 'fp32', but they are one matrix in this model"):
+        prepare_run(tmp_path / "run", plan, [text], [])
+    with pytest.raises(UsageError, match="embedding is 'int2', expected one of fp32, int8, int4"):
+        training_config(embedding="int2")
+
+
+def test_a_run_from_before_there_was_the_choice_goes_on(text: Path, tmp_path: Path) -> None:
+    """Also a tied one whose head was rounded and whose embedding was not."""
+    plan = RunPlan(
+        model=model_config("column", tie_word_embeddings=True),
+        training=training_config(steps=4, checkpoint_every=2, head="int8", embedding="int8"),
+        teacher=None,
+    )
+    run = tmp_path / "run"
+    prepare_run(run, plan, [text], [])
+    raw = json.loads((run / "run.json").read_text())
+    del raw["training"]["embedding"]
+    (run / "run.json").write_text(json.dumps(raw))
+    done = 0
+
+    def stop() -> bool:
+        return done == 1
+
+    for report in execute_run(run, stop=stop):
+        done = report.step
+    assert RunPlan.load(run).training.embedding == "fp32"
+    assert [report.step for report in execute_run(run, resume=True)] == [3, 4]
+
+
+@pytest.mark.parametrize("precision", BITS)
 def test_the_loss_watched_in_training_is_that_of_the_exported_head(precision: str, text: Path, tmp_path: Path) -> None:
     training = training_config(steps=20, eval_every=20, eval_sequences=4, bf16=False, head=precision)
     plan = RunPlan(model=model_config("column"), training=training, teacher=None)
