@@ -84,9 +84,11 @@ class HuggingFaceLogits:
         del self._tokens[length:]
         try:
             self._cache.crop(length)
+            cropped = length > 0 and self._cache.get_seq_length() == length  # crop(0) leaves all
         except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-            # No cache, one that can't go back, a window that slid: the next call reads all tokens again.
-            self._cache = None
+            cropped = False  # there is no cache, or one that can't go back, or a window that slid
+        if not cropped:
+            self._cache = None  # the next call reads all tokens again
 
     def feed(self, ids: Sequence[int]) -> None:
         """See LogitEngine."""
