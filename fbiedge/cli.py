@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, cli_evaluate, cli_export, cli_generate, cli_serve, cli_web
+from . import __version__, cli_analyze, cli_evaluate, cli_export, cli_generate, cli_serve, cli_web
 from .cli_support import bundled_model, extra
 from .errors import FbiEdgeError, UsageError
 
@@ -161,6 +161,9 @@ def train(context: typer.Context) -> None:
         importlib.import_module("torch")
         training: Any = importlib.import_module("fbiedge.training.cli")
     raise typer.Exit(training.main(context.args))
+
+
+app.command()(cli_analyze.analyze)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -74,6 +74,49 @@ def _capture(table: Table, width: int) -> str:
     return capture.get().rstrip("\n")
 
 
+def print_analysis(analysis: Any) -> None:
+    """What `fbiedge analyze` found: a row for each run, of a single one also the scales by projection, what is missing."""
+    runs = Table(box=None, padding=(0, 2, 0, 0))
+    runs.add_column("run")
+    for heading in ("steps", "tokens", "loss", "best held-out", "at step", "flips a step", "alpha", "beta"):
+        runs.add_column(heading, justify="right")
+    for found in analysis.findings:
+        under_way = found.steps < found.planned_steps
+        runs.add_row(
+            Text(found.run),
+            f"{found.steps:,}" + (f" of {found.planned_steps:,}" if under_way else ""),
+            f"{found.tokens:,}",
+            f"{found.loss:.3f}",
+            _number(found.best_held_out, ".3f"),
+            _number(found.best_step, ",d"),
+            "-" if found.flip_flop is None else f"{100 * found.flip_flop:.3g} %",
+            *("-" if pair is None else f"{pair[0]:.3g} ± {pair[1]:.2g}" for pair in (found.alpha, found.beta)),
+        )
+    _print_table(runs)
+    if analysis.scales and len(analysis.findings) == 1:
+        scales = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("scale", "projection"):
+            scales.add_column(heading)
+        for heading in ("count", "mean", "deviation", "1 %", "median", "99 %"):
+            scales.add_column(heading, justify="right")
+        for summary in analysis.scales:
+            low, *_, high = summary.quantiles
+            shown = (summary.mean, summary.std, low, summary.quantiles[len(summary.quantiles) // 2], high)
+            scales.add_row(
+                summary.scale, summary.projection, f"{summary.count:,}",
+                *(f"{value:.3g}" for value in shown),
+            )  # fmt: skip
+        print_text("")
+        _print_table(scales)
+    for found in analysis.findings:
+        for missing in found.missing:
+            print_text(f"{found.run}: {missing}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
 def print_export(report: Any) -> None:
     """What `export_onnx` wrote, and what it had measured before."""
     loss = report.loss

@@ -3,11 +3,13 @@
 Each function returns a figure, which `save` writes. Colours are Okabe and Ito's, which the colour-blind tell apart, and
 viridis for depth. Legends stand above the axes, where they hide nothing. Nothing here touches pyplot: no window, no
 global state.
+
+Colours go by the order of names: of `names`, where it is given so that several plots agree, else of first appearance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
 
 from fbiedge.files import atomic_file
@@ -26,6 +29,8 @@ from fbiedge.files import atomic_file
 Values = Sequence[float] | npt.NDArray[Any]
 Series = Mapping[str, tuple[Values, Values]]  # by the name that the legend shows: x and y
 TOKENS = "tokens seen"
+_Numbers = npt.NDArray[np.float64]
+_Look = tuple[str, Any]  # colour and line style
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
@@ -50,7 +55,7 @@ class Panel:
     log_y: bool = False
     smooth: bool = False  # a running mean over a 50th of the points, in front of the points themselves
     dots: bool = False  # for few points, such as evaluations
-    may_coincide: bool = False  # series after the first are dashed, so that equal ones are all seen
+    may_coincide: bool = False  # a series that lies on an earlier one is dashed, so that both are seen
     height: float = 2.0  # inches
 
 
@@ -72,27 +77,32 @@ def plot_curves(
     smooth: bool = False,
     dots: bool = False,
     height: float = 4.2,
+    names: Sequence[str] = (),
 ) -> Figure:
     """All series in one pair of axes."""
     panel = Panel(y_label=y_label, series=series, log_y=log_y, smooth=smooth, dots=dots, height=height)
-    return plot_panels([panel], x_label=x_label)
+    return plot_panels([panel], x_label=x_label, names=names)
 
 
-def plot_panels(panels: Sequence[Panel], *, x_label: str = TOKENS) -> Figure:
+def plot_panels(panels: Sequence[Panel], *, x_label: str = TOKENS, names: Sequence[str] = ()) -> Figure:
     """Panels above one another over the same x; a series has the same colour in all of them."""
-    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    looks = _looks(names, (name for panel in panels for name in panel.series))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.9 + sum(panel.height for panel in panels)), layout="constrained")
         rows = figure.subplots(
             len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": [p.height for p in panels]}
         )[:, 0]
         for axes, panel in zip(rows, panels, strict=True):
+            drawn: list[tuple[_Numbers, _Numbers]] = []
             for name, (x, y) in panel.series.items():
-                _line(axes, _numbers(x), _numbers(y), names.index(name), panel)
+                points = _numbers(x), _masked(_numbers(y), panel.log_y)
+                covered = sum(_coincide(points, other) for other in drawn) if panel.may_coincide else 0
+                _line(axes, *points, looks[name], panel, covered)
+                drawn.append(points)
             _finish_y(axes, panel.y_label, panel.log_y)
         _finish_x(rows[-1], x_label)
         figure.align_ylabels(list(rows))
-        _legend(figure, names)
+        _legend(figure, looks)
     return figure
 
 
@@ -130,12 +140,14 @@ def plot_layers(
     return figure
 
 
-def plot_distributions(groups: Mapping[str, Mapping[str, Histogram]], *, x_label: str) -> Figure:
+def plot_distributions(
+    groups: Mapping[str, Mapping[str, Histogram]], *, x_label: str, names: Sequence[str] = ()
+) -> Figure:
     """A small histogram for each group, all over the same x; series of a group, such as runs, over one another.
 
     What lies outside of the edges of any is said beneath.
     """
-    names = list(dict.fromkeys(name for histograms in groups.values() for name in histograms))
+    looks = _looks(names, (name for histograms in groups.values() for name in histograms))
     with matplotlib.rc_context(_STYLE):
         columns = min(4, len(groups))
         lines = -(-len(groups) // columns)
@@ -146,9 +158,9 @@ def plot_distributions(groups: Mapping[str, Mapping[str, Histogram]], *, x_label
             for name, histogram in histograms.items():
                 counted = int(histogram.counts.sum()) + histogram.outside
                 outside, total = outside + histogram.outside, total + counted
-                colour, style = _look(names.index(name))
+                colour, style = looks[name]
                 shares = 100 * histogram.counts / max(1, counted)
-                axes.stairs(shares, histogram.edges, fill=True, color=colour, alpha=0.25 if len(names) < 4 else 0)
+                axes.stairs(shares, histogram.edges, fill=True, color=colour, alpha=0.25 if len(looks) < 4 else 0)
                 axes.stairs(shares, histogram.edges, color=colour, linestyle=style, linewidth=1.4)
             axes.set_title(group, loc="left")
             axes.set_ylim(bottom=0)
@@ -162,7 +174,7 @@ def plot_distributions(groups: Mapping[str, Mapping[str, Histogram]], *, x_label
             axes.remove()
         beyond = f"; {100 * outside / total:.2g} % lie outside" if outside else ""
         figure.supxlabel(x_label + beyond, fontsize=11)
-        _legend(figure, names)
+        _legend(figure, looks)
     return figure
 
 
@@ -172,34 +184,47 @@ def save(figure: Figure, out: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def _line(axes: Axes, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], index: int, panel: Panel) -> None:
-    colour, style = _look(index)
-    y = _masked(y, panel.log_y)
+def _line(axes: Axes, x: _Numbers, y: _Numbers, look: _Look, panel: Panel, covered: int) -> None:
+    """covered: how many lines lie beneath it."""
+    colour, style = look
     window = max(1, len(y) // 50) if panel.smooth else 1
     if window > 1:
         axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.7)
         y = _running_mean(y, window)
-    if panel.may_coincide and index:
-        style = (0, (4, 4 * index))
+    if covered:
+        style = (0, (4, 4 * covered))
     marker: Any = {"marker": "o", "markersize": 3.5} if panel.dots or len(x) == 1 else {}
     axes.plot(x, y, color=colour, linestyle=style, **marker)
 
 
-def _look(index: int) -> tuple[str, Any]:
-    """Colour and line style of the series with this number: no two of the first 28 alike."""
-    return _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
+def _coincide(points: tuple[_Numbers, _Numbers], others: tuple[_Numbers, _Numbers]) -> bool:
+    """Whether a line hides another over half of its length or more: by no more than a hundredth of its height apart."""
+    (x, y), (other_x, other_y) = points, others
+    known = np.isfinite(y)
+    if not known.any() or not len(other_x):
+        return False
+    apart = np.abs(np.interp(x, other_x, other_y, left=np.nan, right=np.nan) - y)
+    return bool((apart <= 0.01 * np.ptp(y[known])).mean() >= 0.5)
 
 
-def _legend(figure: Figure, names: Sequence[str]) -> None:
+def _looks(wanted: Sequence[str], found: Iterable[str]) -> dict[str, _Look]:
+    """Colour and line style of each name that was found, no two of the first 28 alike."""
+    there = dict.fromkeys(found)
+    return {
+        name: (_COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)])
+        for index, name in enumerate(dict.fromkeys([*wanted, *there]))
+        if name in there
+    }
+
+
+def _legend(figure: Figure, looks: Mapping[str, _Look]) -> None:
     """Above the axes, where there is more than one series to tell apart."""
-    if len(names) < 2:
+    if len(looks) < 2:
         return
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=_look(i)[0], linestyle=_look(i)[1], linewidth=2) for i in range(len(names))]
-    longest = max(len(name) for name in names)
-    columns = max(1, min(len(names), int(figure.get_figwidth() * 12 / (longest + 6))))
-    figure.legend(handles, list(names), loc="outside upper left", ncols=columns)
+    handles = [Line2D([], [], color=colour, linestyle=style, linewidth=2) for colour, style in looks.values()]
+    longest = max(len(name) for name in looks)
+    columns = max(1, min(len(looks), int(figure.get_figwidth() * 12 / (longest + 6))))
+    figure.legend(handles, list(looks), loc="outside upper left", ncols=columns)
 
 
 def _finish_x(axes: Axes, label: str) -> None:
@@ -213,6 +238,8 @@ def _finish_y(axes: Axes, label: str, log: bool) -> None:
     axes.set_ylabel(label)
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
+        if axes.get_ylim()[1] > 2000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -223,18 +250,18 @@ def _finish_y(axes: Axes, label: str, log: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:.5g}"))
 
 
-def _numbers(values: Values) -> npt.NDArray[np.float64]:
+def _numbers(values: Values) -> _Numbers:
     """As fp64; what is no finite number is left out of the line."""
     numbers = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
-def _masked(y: npt.NDArray[np.float64], log: bool) -> npt.NDArray[np.float64]:
+def _masked(y: _Numbers, log: bool) -> _Numbers:
     """A logarithmic axis has no place for zero."""
     return np.where(y > 0, y, np.nan) if log else y
 
 
-def _running_mean(y: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+def _running_mean(y: _Numbers, window: int) -> _Numbers:
     """Mean of the `window` points around each, of fewer at the ends; gaps are passed over."""
     known = np.isfinite(y)
     sums = np.convolve(np.where(known, y, 0.0), np.ones(window), mode="same")
