@@ -189,7 +189,8 @@ def _start_wandb(run: Path, plan: RunPlan) -> Any:
         )  # fmt: skip
     except Exception as error:  # of the network, its service and its settings
         raise UsageError(
-            f"Weights & Biases can't start: {_line(error)}; log in with `wandb login`, or set WANDB_MODE=offline"
+            f"Weights & Biases can't start: {_line(error).rstrip('.')}; see to that, or set WANDB_MODE=offline, and go on "
+            "with --resume"
         ) from error
 
 

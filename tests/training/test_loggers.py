@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.processes import finish, start
 from support.tiny_run import model_config, training_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fbiedge.errors import OutputError, UsageError
 from fbiedge.training import cli
+from fbiedge.training.flops import step_flops
 from fbiedge.training.loggers import EventFile, open_log, scalars
+from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 
@@ -128,12 +131,12 @@ def test_a_service_that_fails_later_costs_no_training(wandb: Any, text: Path, tm
 
 def test_a_service_that_is_not_there_is_said_before_the_training(wandb: Any, text: Path, tmp_path: Path) -> None:
     def refuse(**_: Any) -> None:
-        raise RuntimeError("no API key")
+        raise RuntimeError("no API key.")
 
     run = tmp_path / "run"
     prepared(run, text, wandb="project")
     wandb.init = refuse
-    with pytest.raises(UsageError, match=r"can't start: no API key; log in with .*WANDB_MODE=offline"):
+    with pytest.raises(UsageError, match=r"can't start: no API key; .*WANDB_MODE=offline.* --resume"):
         run_with_progress(run, resume=False, console=Console(quiet=True))
     assert not (run / "metrics.jsonl").exists()
 
@@ -199,6 +202,28 @@ def test_a_disk_that_fills_is_one_line(name: str, text: Path, tmp_path: Path) ->
     run_with_progress(run, resume=False, console=Console(quiet=True), log_every=1)  # starts over, torn lines or not
     assert [line["step"] for line in records(run)] == list(range(1, 21))
     assert [step for step, _ in logged(run)["loss/train"]] == list(range(1, 21))
+
+
+def test_of_two_processes_the_first_alone_logs_and_says_what_fails(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepared(run, text, tensorboard=True, peak_tflops=0.5)
+    (run / "tensorboard").write_text("in the way")
+    command = ["-c", "import sys; from fbiedge.cli import main; main()", "train", "-o", str(run), "--resume"]
+    first, second = finish(start(2, command))
+    assert (first.code, second.code) == (2, 2)
+    [error] = [line for line in (first.printed + second.printed).splitlines() if "error" in line]
+    assert f"can't write {run / 'tensorboard'}: File exists; the last checkpoint is intact" in error
+    (run / "tensorboard").unlink()
+    first, second = finish(start(2, command))
+    assert (first.code, second.code) == (0, 0), first.printed + second.printed
+    assert not second.printed and "held-out" in first.printed
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    shown = logged(run)
+    assert [step for step, _ in shown["flip_flop/layer_00"]] == [line["step"] for line in records(run)] == [10, 20]
+    # model FLOPs of the whole batch by the peak of both devices
+    speed = shown["train/tokens_per_second"][0][1]
+    flops = step_flops(Llama(model_config("column")), None, 4, 32) / (4 * 32)
+    assert shown["train/mfu"][0][1] == pytest.approx(flops * speed / (2 * 0.5e12), rel=1e-5)
 
 
 def test_event_files_are_read_in_the_order_they_were_written(tmp_path: Path) -> None:
