@@ -81,7 +81,7 @@ def train(
         Path | None,
         typer.Option(help="Checkpoint to start from, moved into the scaling wanted: a short fine-tune by default."),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default trained on the data.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default trained on --data.")] = None,
     vocab_size: Annotated[
         int | None, typer.Option(help="Pieces of the tokenizer; by default the teacher's, else the preset's.")
     ] = None,
@@ -104,7 +104,8 @@ def train(
     one_hot_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the next-token loss beside distillation: 0 as published, 1 only watches the teacher's."
+            help="Share of the next-token loss beside distillation: 0 as published; 1 learns from the text alone and only "
+            "reports distillation, for which the teacher runs all the same."
         ),
     ] = None,
     head: Annotated[
@@ -165,6 +166,10 @@ def train(
         if not resume and is_first():
             if not data:
                 raise UsageError("no --data given; name a text file, or what else --help lists")
+            if teacher is None:
+                for option, value in (("--one-hot-share", one_hot_share), ("--teacher-dtype", teacher_dtype)):
+                    if value is not None:
+                        raise UsageError(f"{option} has no effect without a --teacher; leave it out")
             if config is not None and preset_name is not None:
                 raise UsageError("--preset and --config both give the model's shape; leave one out")
             teacher_folder = None if teacher is None else find_teacher(teacher).resolve()

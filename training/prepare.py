@@ -17,6 +17,7 @@ from fbiedge.weights import open_checkpoint
 
 from .corpus import PARTS, DataOptions, Vocabulary, check_ids, open_part, summary, write_corpus
 from .data import Batches
+from .documents import split_held_out
 from .model import check_trainable
 from .plan import RunPlan
 from .records import Corrupt
@@ -40,7 +41,7 @@ def prepare_run(
 
     Without `held_out_data`, a part of the data is held out (corpus.py). The tokenizer is the teacher's when there is one,
     else the starting checkpoint's, else that of the token shards given as data, else the given tokenizer.json, else
-    trained on `data`; all that there are must have the same vocabulary. A starting checkpoint's chat template and
+    trained on what of `data` isn't held out; all that there are must have the same vocabulary. A starting checkpoint's chat template and
     generation settings go on where none are given. Raises UsageError for unusable data, a tokenizer that doesn't fit the
     model's vocabulary, or a teacher or a starting checkpoint that doesn't fit.
     """
@@ -65,7 +66,7 @@ def prepare_run(
     if sources.shards is not None:
         plan = replace(plan, shards=str(sources.shards.resolve()))
     plan = replace(plan, data=tuple(map(str, data)), held_out=tuple(map(str, held_out_data)))
-    chosen = _choose_tokenizer(plan, tokenizer, sources, special_tokens, options)
+    chosen = _choose_tokenizer(plan, tokenizer, sources, special_tokens, options, splits=apart is None)
     bos, eos = _document_ends(chosen, plan.model)
     if sources.shards is None or apart is not None:
         vocabulary = Vocabulary(size=plan.model.vocab_size, tokenizer=chosen, bos=bos, eos=eos)
@@ -127,9 +128,14 @@ def check_teacher(teacher: TeacherFacts, plan: RunPlan) -> None:
 
 
 def _choose_tokenizer(
-    plan: RunPlan, given: Path | None, data: Sources, special_tokens: tuple[str, ...], options: DataOptions
+    plan: RunPlan,
+    given: Path | None,
+    data: Sources,
+    special_tokens: tuple[str, ...],
+    options: DataOptions,
+    splits: bool,
 ) -> Tokenizer:
-    """See prepare_run."""
+    """See prepare_run. splits: a part of the data will be held out, and is no text for a new tokenizer either."""
     folders = [Path(folder) for folder in (plan.teacher, plan.init, data.shards) if folder is not None]
     files = [folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").exists()]
     if given is not None:
@@ -144,6 +150,8 @@ def _choose_tokenizer(
         raise UsageError(f"{lacking} has no tokenizer.json; name its tokenizer with --tokenizer")
     else:
         documents = data.documents(Corrupt(skip=options.skip_corrupt))
+        if splits:
+            documents = (trained_on for trained_on, _ in split_held_out(documents))
         chosen = train_tokenizer(documents, plan.model.vocab_size, special_tokens)
     _check_size(chosen, plan)
     return chosen

@@ -109,6 +109,19 @@ def test_texts_are_the_same_tokens_in_any_number_of_shards(
     assert (len(manifest["tokens"]["train"]) > 1) == (shard_tokens < 1 << 28)
 
 
+@pytest.mark.parametrize("split", [True, False], ids=["split from the data", "named"])
+def test_a_new_tokenizer_never_sees_held_out_texts(split: bool, tmp_path: Path) -> None:
+    documents = [f"{'zq' * 200 if i % 50 == 0 else 'plain'} {document}" for i, document in enumerate(DOCUMENTS * 2)]
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(documents), encoding="utf-8")
+    (tmp_path / "other.txt").write_text("The cat went to the park. " * 20, encoding="utf-8")
+    plan = RunPlan(model=model_config("column"), training=training_config(), teacher=None)
+    apart = [] if split else [tmp_path / "other.txt"]
+    prepare_run(tmp_path / "run", plan, [tmp_path / "text.txt"], apart)
+    pieces = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json")).get_vocab()
+    assert any("ain" in piece for piece in pieces)
+    assert any("zq" in piece for piece in pieces) is not split
+
+
 def test_reading_stops_after_the_tokens_asked_for(text: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     vocabulary, options = Vocabulary(size=300, tokenizer=tokenizer), DataOptions(most_tokens=500)
     manifest = write_corpus(tmp_path, open_sources([text], Corrupt()), None, vocabulary, options, Corrupt())

@@ -205,6 +205,9 @@ def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pyte
         (["--data", "TEXT", "--preset", "tiny", "--config", "TEXT"], "leave one out"),
         (["--data", "TEXT", "--config", "TEXT"], "not JSON"),
         (["--data", "TEXT", "--stepz", "3"], "fbiedge train --help"),
+        (["--data", "TEXT", "--embedding", "int2"], "embedding is 'int2', expected one of fp32, int8, int4"),
+        (["--data", "TEXT", "--one-hot-share", "0"], "--one-hot-share has no effect without a --teacher; leave it out"),
+        (["--data", "TEXT", "--teacher-dtype", "bf16"], "--teacher-dtype has no effect without a --teacher"),
         (["--data", "TEXT", "--vocab-size", "5000"], "give more text or a smaller vocabulary"),
     ],
 )
