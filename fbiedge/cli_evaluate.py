@@ -29,7 +29,8 @@ def evaluate(
         str | None, typer.Option(help="zero-shot tasks of lm-evaluation-harness, such as piqa,arc_easy")
     ] = None,
     task_file: Annotated[
-        list[Path] | None, typer.Option(help="questions as JSON lines, also .gz or .xz; may be given again")
+        list[Path] | None,
+        typer.Option(metavar="<path>", help="questions as JSON lines, also .gz or .xz; again for more"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="only so many questions of each task")] = None,
     window: Window = DEFAULT_WINDOW,

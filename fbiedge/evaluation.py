@@ -8,11 +8,14 @@ left out; a text shorter than a window is one short window.
 The 95 % interval is that of a bootstrap: the text's parts (windows; runs of 128 tokens where there are fewer than 20
 windows) are drawn again with replacement 2000 times, always by the same random numbers. It says how much another text
 of the same kind and length might differ, not how exact the number is for this text.
+
+Perplexity is per token, so it compares models of one tokenizer only. Bits per byte of text compare all.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -46,6 +49,7 @@ class Evaluation:
     tokens: int  # predicted
     left_out: int  # tokens at the end that fill no window
     nats_per_token: float
+    bits_per_byte: float | None  # None without a tokenizer
     perplexity: float
     interval: tuple[float, float] | None  # 95 % of the perplexity; None for a text of one part
     parts: int  # drawn by the bootstrap
@@ -54,7 +58,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity."""
         interval = self.interval and [finite(bound) for bound in self.interval]
-        return {**asdict(self), "perplexity": finite(self.perplexity), "interval": interval}
+        bits = self.bits_per_byte and finite(self.bits_per_byte)
+        return {**asdict(self), "bits_per_byte": bits, "perplexity": finite(self.perplexity), "interval": interval}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -63,12 +68,13 @@ class Evaluation:
         if self.interval:
             low, high = self.interval
             interval = f"95 % interval {low:.4f} to {high:.4f}, bootstrap over {self.parts} {unit}"
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         rest = f", {self.left_out:,} at the end left out" if self.left_out else ""
         return [
             f"model       {self.model}",
             f"engine      {self.engine}",
             f"text        {self.tokens:,} tokens predicted, all but the first of {self.windows} windows of {self.window}{rest}",
-            f"loss        {self.nats_per_token:.4f} nats per token",
+            f"loss        {self.nats_per_token:.4f} nats per token{bits}",
             f"perplexity  {self.perplexity:.4f} ({interval})",
             f"speed       {self.tokens_per_second:.0f} tok/s",
         ]
@@ -111,6 +117,7 @@ def evaluate(
         tokens=tokens,
         left_out=len(ids) - total,
         nats_per_token=loss,
+        bits_per_byte=_bits_per_byte(engine.tokenizer, windows, loss * tokens),
         perplexity=perplexity_of(loss),
         interval=_interval(parts) if len(parts) > 1 else None,
         parts=len(parts),
@@ -149,6 +156,15 @@ def perplexity_of(nats_per_token: float) -> float:
 def finite(value: float) -> float | None:
     """None for what JSON has no word for."""
     return value if math.isfinite(value) else None
+
+
+def _bits_per_byte(tokenizer: Tokenizer | None, windows: Sequence[Sequence[int]], nats: float) -> float | None:
+    """Of the text that the predicted tokens spell."""
+    if tokenizer is None:
+        return None
+    counts = Counter(token for window in windows for token in window[1:])
+    size = sum(len(tokenizer.token_bytes(token)) * count for token, count in counts.items())
+    return nats / math.log(2) / size if size else None
 
 
 def _interval(parts: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:

@@ -64,10 +64,11 @@ class HuggingFaceLogits:
                 "folder can do with or without; only Llama and Qwen3 may be binary"
             )
         self._model.eval()
-        config = self._model.config.get_text_config()
+        with _as_checkpoint_error(path):
+            config = self._model.config.get_text_config()
+            self.vocab_size = int(config.vocab_size)
+            self.capacity = min(tokens, int(getattr(config, "max_position_embeddings", None) or tokens))
         self.path = path
-        self.vocab_size = int(config.vocab_size)
-        self.capacity = min(tokens, int(getattr(config, "max_position_embeddings", None) or tokens))
         self.description = f"transformers {transformers.__version__}, {model_type}, fp32"
         self.tokenizer = _tokenizer(path, transformers)
         self.reset()

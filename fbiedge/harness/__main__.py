@@ -1,6 +1,6 @@
 """lm-evaluation-harness' own command line, with our runtime among its models:
 
-    python -m fbiedge.harness run --model fbiedge --model_args path=model.onnx --tasks piqa
+python -m fbiedge.harness run --model fbiedge --model_args path=model.onnx --tasks piqa
 """
 
 from importlib import import_module

@@ -109,10 +109,18 @@ def load_tasks(names: Sequence[str], files: Sequence[TaskFile]) -> dict[str, Any
                 )
             try:
                 loaded = manager.load([name])
+            except ModuleNotFoundError as error:
+                raise UsageError(
+                    f"{name} needs {error.name}, which isn't installed: pip install {error.name}"
+                ) from error
             except Exception as error:  # of a dozen libraries below, for the network, the cache and the task
                 raise unreachable(name, error, "give its questions in a file, by --task-file FILE") from error
             tasks |= loaded["tasks"]
-    for task in tasks.values():
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UsageError(
+                f"{name} needs more than text: it runs code of the model's, or shows it pictures or sounds"
+            )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)

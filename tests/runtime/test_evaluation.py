@@ -195,6 +195,24 @@ def test_unusable_options(fbiedge: Run, plain_model: Path, tmp_path: Path, optio
     assert message in one_error_line(fbiedge("eval", plain_model, "--text", tmp_path / "text.txt", *options))
 
 
+def test_bits_per_byte(fbiedge: Run, plain_model: Path, tmp_path: Path) -> None:
+    """With a token a byte: the loss in bits. Comparable with any other tokenizer."""
+    (tmp_path / "text.txt").write_text("é" + SAMPLE_TEXT)
+    _, out, _ = fbiedge("eval", plain_model, "--text", tmp_path / "text.txt", "--json")
+    report = json.loads(out.splitlines()[-1])
+    assert report["bits_per_byte"] == pytest.approx(report["nats_per_token"] / math.log(2))
+    assert evaluate(Fake(), [0] * 10).bits_per_byte is None
+
+
+def test_bits_per_byte_of_longer_tokens(stories260k: Path) -> None:
+    engine = open_logits(stories260k, tokens=512)
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode(SAMPLE_TEXT)
+    report = evaluate(engine, ids)
+    size = len(SAMPLE_TEXT.encode()) + 1  # the space that Llama's tokenizer puts before a text
+    assert report.bits_per_byte == pytest.approx(report.nats_per_token * report.tokens / math.log(2) / size)
+
+
 def test_bad_input(fbiedge: Run, plain_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("")

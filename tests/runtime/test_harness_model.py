@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from support.huggingface_folders import llama_folder
+from support.tiny_gguf import tiny_gguf
 from support.tiny_model import tiny_model
 
 from fbiedge.engines import open_logits
@@ -162,6 +163,14 @@ def test_onnx_says_what_its_checkpoint_says(plain_model: Path) -> None:
     got = FbiEdgeLM(plain_model).loglikelihood(asked)
     assert np.allclose([value for value, _ in got], [value for value, _ in exact], rtol=1e-4)
     assert [greedy for _, greedy in got] == [greedy for _, greedy in exact]
+
+
+def test_llama_cpp_says_what_the_checkpoint_says(tmp_path: Path) -> None:
+    model = tiny_gguf(tmp_path, max_position_embeddings=512)
+    asked = requests("loglikelihood", OPTIONS[:4])
+    exact = FbiEdgeLM(tmp_path / "checkpoint").loglikelihood(asked)
+    got = FbiEdgeLM(model, threads=1).loglikelihood(asked)  # its cache is of half precision
+    assert np.allclose([value for value, _ in got], [value for value, _ in exact], rtol=1e-3)
 
 
 def test_errors(tmp_path: Path, folder: Path, ours: FbiEdgeLM) -> None:

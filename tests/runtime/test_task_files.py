@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -253,6 +254,28 @@ def test_errors_of_the_command(fbiedge: Run, folder: Path, tmp_path: Path, monke
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     error = one_error_line(fbiedge("eval", folder, "--tasks", "piqa"))
     assert "can't get piqa from the Hugging Face hub or its cache (no route); give its questions in a file" in error
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        (SimpleNamespace(UNSAFE_CODE=True), "^odd needs more than text"),
+        (SimpleNamespace(MULTIMODAL=True), "^odd needs more than text"),
+        (ModuleNotFoundError("no", name="math_verify"), "^odd needs math_verify, which isn't installed"),
+        (ValueError("a wrong\nfile"), r"^can't get odd from .* \(a wrong\); give its questions in a file"),
+    ],
+)
+def test_tasks_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch, loaded: Any, message: str) -> None:
+    def load(names: list[str]) -> dict[str, Any]:
+        if isinstance(loaded, Exception):
+            raise loaded
+        return {"tasks": {names[0]: loaded}}
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: SimpleNamespace(all_tasks=["odd"], load=load))
+    with pytest.raises(UsageError, match=message):
+        load_tasks(["odd"], [])
+    with pytest.raises(UsageError, match="lm-evaluation-harness has no task other; FBI-LLM's are boolq, piqa"):
+        load_tasks(["other"], [])
 
 
 def test_the_harness_is_looked_for_before_the_model(
