@@ -27,7 +27,7 @@ from .model import Llama
 # laptop's or a special market's version has another name and other figures.
 PEAKS: dict[str, tuple[float, float]] = {
     r"NVIDIA H200": (989.4, 66.9),  # NVIDIA H200 datasheet, SXM
-    r"NVIDIA GH200 .*": (989.4, 66.9),  # NVIDIA GH200 datasheet
+    r"NVIDIA GH200 \w+( HBM3e)?": (989.4, 66.9),  # NVIDIA GH200 datasheet
     r"NVIDIA H100 80GB HBM3": (989.4, 66.9),  # NVIDIA H100 datasheet: SXM, PCIe
     r"NVIDIA H100 PCIe": (756.0, 51.0),
     r"NVIDIA A100-(SXM4|PCIE|PG509)-[48]0GB|NVIDIA A100 80GB PCIe": (312.0, 19.5),  # NVIDIA A100 datasheet
@@ -38,7 +38,7 @@ PEAKS: dict[str, tuple[float, float]] = {
     r"NVIDIA L4": (121.0, 30.3),  # NVIDIA L4 datasheet
     r"NVIDIA GeForce RTX 3090": (71.0, 35.6),  # NVIDIA GA102 whitepaper, appendix
     r"NVIDIA GeForce RTX 4090": (165.2, 82.6),  # NVIDIA Ada whitepaper, appendix
-    r"AMD Instinct MI300X( .*)?": (1307.4, 163.4),  # AMD MI300X datasheet
+    r"AMD Instinct MI300X( OAM)?": (1307.4, 163.4),  # AMD MI300X datasheet
 }
 
 

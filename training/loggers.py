@@ -1,7 +1,7 @@
 """What a run writes down while it trains: RUN/metrics.jsonl always, TensorBoard and Weights & Biases where it was asked to.
 
-Steps that a resumed run does again are never there twice: metrics.jsonl forgets them, TensorBoard is told to (it drops
-what earlier files say from a step on), and Weights & Biases ignores a step that it has already, which is the same anyway.
+Steps that a resumed run does again are not there twice: metrics.jsonl forgets them, TensorBoard is told to (it drops what
+earlier files say from a step on), and Weights & Biases, online, ignores a step that it has already.
 
 Only the first process of a training has a Log.
 """
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -135,7 +136,10 @@ class EventFile:
         self._summaries: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
         records: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
         folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("events.out.tfevents.*")))  # TensorBoard reads them in the order of their names
+        found = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir())
+        number = 1 + max(
+            (int(name[1]) for name in found if name), default=0
+        )  # they are read in the order of their names
         name = f"events.out.tfevents.{number:05}.{platform.node() or 'host'}.{os.getpid()}"
         self._file = _AtOnce(folder / name, "xb")
         self._records = records.RecordWriter(self._file)
@@ -167,12 +171,12 @@ class _AtOnce(io.FileIO):
 def forget_from(path: Path, step: int) -> None:
     """Drop what an interrupted run logged at `step` and after it, its torn last line included: it will be logged again."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
-        except ValueError:
+            earlier = json.loads(line)["step"] < step
+        except (ValueError, TypeError, KeyError):
             break
-        if record["step"] < step:
+        if earlier:
             kept.append(line + "\n")
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept))

@@ -88,7 +88,7 @@ def plot_panels(panels: Sequence[Panel], *, x_label: str = TOKENS, names: Sequen
     """Panels above one another over the same x; a series has the same colour in all of them."""
     looks = _looks(names, (name for panel in panels for name in panel.series))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.9 + sum(panel.height for panel in panels)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 0.6 + sum(panel.height for panel in panels)), layout="constrained")
         rows = figure.subplots(
             len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": [p.height for p in panels]}
         )[:, 0]
@@ -132,7 +132,7 @@ def plot_layers(
         for axes in grid.flat[len(runs) :]:
             axes.remove()
         norm = BoundaryNorm(np.arange(deepest + 1) + 0.5, deepest)
-        bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, fraction=0.04, pad=0.02)
+        bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(grid.flat[: len(runs)]), fraction=0.04, pad=0.02)
         bar.set_label("layer (1: next to the embedding)")
         bar.set_ticks(range(1, deepest + 1, max(1, deepest // 8)))
         bar.minorticks_off()
@@ -151,7 +151,7 @@ def plot_distributions(
     with matplotlib.rc_context(_STYLE):
         columns = min(4, len(groups))
         lines = -(-len(groups) // columns)
-        figure = Figure(figsize=(max(_WIDTH, 2.6 * columns), 0.8 + 2.2 * lines), layout="constrained")
+        figure = Figure(figsize=(max(_WIDTH, 2.6 * columns), 0.5 + 2.2 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
         outside = total = 0
         for index, (axes, (group, histograms)) in enumerate(zip(grid.flat, groups.items(), strict=False)):
@@ -218,13 +218,15 @@ def _looks(wanted: Sequence[str], found: Iterable[str]) -> dict[str, _Look]:
 
 
 def _legend(figure: Figure, looks: Mapping[str, _Look]) -> None:
-    """Above the axes, where there is more than one series to tell apart."""
+    """Above the axes, which keep their size, where there is more than one series to tell apart."""
     if len(looks) < 2:
         return
+    shown = [name if len(name) <= 70 else f"{name[:30]} … {name[-35:]}" for name in looks]
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(shown), int(width * 12 / (max(map(len, shown)) + 6))))
+    figure.set_size_inches(width, height + 0.23 * -(-len(shown) // columns))
     handles = [Line2D([], [], color=colour, linestyle=style, linewidth=2) for colour, style in looks.values()]
-    longest = max(len(name) for name in looks)
-    columns = max(1, min(len(looks), int(figure.get_figwidth() * 12 / (longest + 6))))
-    figure.legend(handles, list(looks), loc="outside upper left", ncols=columns)
+    figure.legend(handles, shown, loc="outside upper left", ncols=columns)
 
 
 def _finish_x(axes: Axes, label: str) -> None:

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -33,9 +34,8 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
     with ExitStack() as stack:
         with agreed():
             if is_first() and not (resume and _steps_done(run) >= total):
-                log = stack.enter_context(
-                    open_log(run, RunPlan.load(run), lambda text: console.print(f"warning: {text}"))
-                )
+                warn = partial(console.print, "warning:", soft_wrap=True, markup=False)
+                log = stack.enter_context(open_log(run, RunPlan.load(run), warn))
         stop = stack.enter_context(stop_requests())
         progress = stack.enter_context(TrainingProgress(console, total))
         reports = execute_run(run, resume, lambda model, plan: _announce(model, plan, console), stop, log_every)

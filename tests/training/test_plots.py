@@ -55,6 +55,30 @@ def test_layers_are_told_apart_by_one_scale_of_colours_over_one_y() -> None:
     assert bar.get_ylabel().startswith("layer")
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 7])
+def test_any_number_of_runs_has_room(count: int, tmp_path: Path) -> None:
+    runs = {f"a run with a name that is rather long, {number}": NOISY + number for number in range(count)}
+    figures = [
+        plot_layers({name: (X, [y, 2 * y]) for name, y in runs.items()}, y_label="signs flipped (%)"),
+        plot_curves({name: (X, y) for name, y in runs.items()}, y_label="loss"),
+    ]
+    for figure in figures:
+        save(figure, tmp_path / "figure.png")  # which lays it out
+        assert all(axes.get_window_extent().height > 200 for axes in figure.axes)
+
+
+def test_equal_series_are_all_seen() -> None:
+    series = {"a": (X, X), "b": (X[::2], X[::2]), "c": (X, 2 * X), "d": (X, X)}
+    figure = plot_panels([Panel(y_label="learning rate", series=series, may_coincide=True)])
+    assert [line.is_dashed() for line in figure.axes[0].lines] == [False, True, False, True]
+
+
+def test_colours_of_several_plots_agree() -> None:
+    one = plot_curves({"b": (X, NOISY)}, y_label="loss", names=["a", "b"]).axes[0].lines[0]
+    both = plot_curves({"a": (X, NOISY), "b": (X, NOISY)}, y_label="loss").axes[0].lines
+    assert one.get_color() == both[1].get_color() != both[0].get_color()
+
+
 def test_a_distribution_is_in_shares_and_says_what_lies_outside() -> None:
     edges = np.linspace(0, 1, 5)
     histograms = {"run": Histogram(edges=edges, counts=np.array([1, 2, 3, 2]), outside=2)}
