@@ -13,7 +13,7 @@ from .cli_support import extra
 
 def analyze(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="folders of `fbiedge train`, finished or under way")
+        list[Path], typer.Argument(metavar="RUN", help="folders of `fbiedge train`, finished or under way")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for PNG and CSV")],
 ) -> None:
