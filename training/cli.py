@@ -149,7 +149,9 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from OUT's last save, with OUT's own options; the three above may change."),
+        typer.Option(
+            "--resume", help="Go on from OUT's last save, with OUT's own options; the three above may change."
+        ),
     ] = False,
 ) -> None:
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
