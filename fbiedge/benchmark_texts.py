@@ -106,15 +106,15 @@ def benchmark_text(name: str) -> BenchmarkText:
 def read_benchmark_text(name: str, file: Path | None = None) -> str:
     """The text called `name`, from the hub or from `file`. Raises UsageError."""
     text = benchmark_text(name)
-    rows = _rows_from_hub(name, text) if file is None else _rows_from_file(file, text)
+    rows: Iterable[str] = _rows_from_hub(name, text) if file is None else _rows_from_file(file, text)
     return text.separator.join(islice(rows, text.most_rows))
 
 
-def _rows_from_hub(name: str, text: BenchmarkText) -> Iterator[str]:
+def _rows_from_hub(name: str, text: BenchmarkText) -> list[str]:
     datasets = open_datasets()
     try:
         rows = datasets.load_dataset(**text.dataset)
-        return (row[text.field] for row in rows)
+        return [str(row[text.field]) for row in islice(rows, text.most_rows)]
     except Exception as error:  # of a dozen libraries below, for the network, the cache and the files
         raise unreachable(name, error, f"give {text.file}, by --dataset-file FILE") from error
 

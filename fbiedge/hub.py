@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -21,6 +22,8 @@ def open_datasets() -> Any:
     with extra("eval"):
         import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
     datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):  # what they retry or take from the cache is no news to a user
+        logging.getLogger(library).setLevel(logging.ERROR)
     return datasets
 
 

@@ -98,6 +98,11 @@ def test_errors(fbiedge: Run, plain_model: Path, tmp_path: Path, monkeypatch: py
     def unreachable(**_: object) -> None:
         raise ConnectionError("no route")
 
+    def another_form(**_: object) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"lines": "x"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", another_form)
+    assert "can't get ptb from" in one_error_line(fbiedge("eval", plain_model, "--dataset", "ptb"))
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     for name, text in TEXTS.items():
         error = one_error_line(fbiedge("eval", plain_model, "--dataset", name))
