@@ -18,6 +18,7 @@ from fbiedge import evaluation
 from fbiedge.engines import open_logits
 from fbiedge.errors import ModelFileError, UsageError
 from fbiedge.evaluation import cut, evaluate
+from fbiedge.exporters.onnx import export_onnx
 from fbiedge.sample_text import SAMPLE_TEXT
 from fbiedge.weights import open_checkpoint
 
@@ -123,20 +124,29 @@ def test_a_hopeless_loss_is_infinite_and_still_json() -> None:
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["perplexity"] is None
 
 
-def test_stories260k_as_transformers_says(stories260k: Path) -> None:
-    """The same windows through Hugging Face's Llama and torch's cross entropy."""
-    engine = open_logits(stories260k, tokens=150)
+@pytest.mark.parametrize("source", ["stories260k", "made here"])
+def test_as_transformers_says(source: str, request: pytest.FixtureRequest, plain_model: Path, tmp_path: Path) -> None:
+    """The same windows through Hugging Face's Llama and torch's cross entropy; through numpy and, at fp32, through ONNX."""
+    trained_elsewhere = source == "stories260k"
+    checkpoint: Path = request.getfixturevalue(source) if trained_elsewhere else plain_model.parent / "checkpoint"
+    exported = tmp_path / "model.onnx"
+    export_onnx(open_checkpoint(checkpoint), exported, accuracy_level="fp32", head="fp32", kv_cache="fp32")
+    engine = open_logits(checkpoint, tokens=150)
     assert engine.tokenizer is not None and engine.description == "numpy reference, fp32"
     ids = engine.tokenizer.encode(SAMPLE_TEXT * 3)
     report = evaluate(engine, ids, window=150)
     total = 0.0
-    for window in cut(ids, 150):
-        logits = HuggingFaceLlama(open_checkpoint(stories260k)).logits(list(window))
+    for window in cut(ids, report.window):
+        logits = HuggingFaceLlama(open_checkpoint(checkpoint)).logits(list(window))
         total += float(
             torch.nn.functional.cross_entropy(torch.from_numpy(logits[:-1]), torch.tensor(window[1:]), reduction="sum")
         )
-    assert report.windows >= 3
+    assert report.windows >= 3 and report.window == (150 if trained_elsewhere else 64)
     assert report.nats_per_token == pytest.approx(total / report.tokens, rel=1e-5)
+    onnx = evaluate(open_logits(exported, tokens=150, threads=1), ids, window=150)
+    assert onnx.nats_per_token == pytest.approx(total / report.tokens, rel=1e-4)
+    if trained_elsewhere:
+        assert report.perplexity < 20  # of 512: it has learnt English stories
 
 
 def test_the_torch_student_says_what_onnx_says(plain_model: Path) -> None:
