@@ -63,7 +63,7 @@ FINE_TUNE = replace(
     TRAINING, learning_rate=1e-3, min_learning_rate_ratio=0.02, warmup_steps=20, seed=SEED + 2, checkpoint_every=50,
     eval_every=100,
 )  # fmt: skip
-LONGER = replace(FINE_TUNE, learning_rate=1.5e-3, warmup_steps=50)  # from there on, teacher and student
+LONGER = replace(FINE_TUNE, warmup_steps=50)  # once more: the teacher with a peak of 1.5e-3, the student of 1e-3
 
 # Things a child's story may be about; the first that a story names becomes the subject of the request for it.
 SUBJECTS = frozenset(
@@ -151,8 +151,8 @@ def stages(
     teacher: int = 1500,
     student: int = 3600,
     shared: int = 1000,
-    longer_teacher: int = 1500,
-    final: int = 1500,
+    longer_teacher: int = 800,
+    final: int = 1000,
 ) -> dict[str, RunPlan]:
     """The runs below `out`, in their order, each of so many steps; a later one starts from earlier ones' models."""
 
@@ -170,7 +170,7 @@ def stages(
             shared_scales=True,
         ),
         "longer-teacher": RunPlan(
-            model=dense, training=replace(LONGER, steps=longer_teacher, seed=SEED + 3), teacher=None,
+            model=dense, training=replace(LONGER, steps=longer_teacher, learning_rate=1.5e-3, seed=SEED + 3), teacher=None,
             init=model("teacher"),
         ),
         "final": RunPlan(
@@ -205,8 +205,8 @@ def main(
     teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1500,
     student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3600,
     shared_steps: Annotated[int, typer.Option(help="Optimizer steps of the fine-tune into shared scales.")] = 1000,
-    longer_teacher_steps: Annotated[int, typer.Option(help="Optimizer steps that the teacher learns on for.")] = 1500,
-    final_steps: Annotated[int, typer.Option(help="Optimizer steps of the student with that teacher.")] = 1500,
+    longer_teacher_steps: Annotated[int, typer.Option(help="Optimizer steps that the teacher learns on for.")] = 800,
+    final_steps: Annotated[int, typer.Option(help="Optimizer steps of the student with that teacher.")] = 1000,
 ) -> None:
     """Train the teacher and the student of the bundled model, let the student share its scales, and train both longer."""
     console = Console()
