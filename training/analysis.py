@@ -14,8 +14,9 @@ The folder is replaced as a whole. Runs may be under way: RUN/model is then that
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ FILES = (
     "scales.csv", "histograms.csv",
 )  # fmt: skip
 BINS = 60
-FINAL = 10  # logged steps whose mean is the flip-flop ratio at the end: one step's is noisy
+FINAL = 3  # logged steps whose mean is the flip-flop ratio at the end: one step's is noisy
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 Scales = dict[tuple[str, str], npt.NDArray[np.float32]]  # by "alpha" or "beta" and the kind of projection
 
@@ -105,7 +106,7 @@ def analyze(runs: Sequence[Path], out: Path) -> Analysis:
         for name, figure in figures.items():
             save(figure, staging / name)
         for name, table in tables.items():
-            _write_csv(staging / name, list(table))
+            _write_csv(staging / name, iter(table))
         written = {path.name for path in staging.iterdir()}
     return Analysis(
         findings=tuple(_findings(history, scales[history.name]) for history in histories),
@@ -258,15 +259,16 @@ def _histogram_rows(scale: str, histograms: Mapping[str, Mapping[str, Histogram]
     ]
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
     """Numbers with as many digits as tell fp32 apart; what is not known is empty. No rows, no file."""
-    if not rows:
+    first = next(rows, None)
+    if first is None:
         return
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in row.items()})
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(first)
+        for row in chain([first], rows):
+            writer.writerow([_cell(value) for value in row.values()])
 
 
 def _cell(value: Any) -> Any:
