@@ -57,14 +57,20 @@ def _whole_tensors(model: Llama) -> Iterator[tuple[str, npt.NDArray[np.float32]]
         yield name, tensor.float().numpy()
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """A Llama with the weights of an official-form checkpoint, latents included. Raises CheckpointError."""
+def load_model(path: Path, dtype: torch.dtype = torch.float32, values: bool = True) -> Llama:
+    """A Llama with the weights of an official-form checkpoint, latents included. Raises CheckpointError.
+
+    Without `values` nothing is read but what is there: the parameters are on the meta device, see parallel.py.
+    """
     weights = open_checkpoint(path)
     with torch.device("meta"):
         model = Llama(weights.config)
-    names = list(model.state_dict())
-    model.load_state_dict({name: torch.from_numpy(weights.tensor(name)).to(dtype) for name in names}, assign=True)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        state[name] = (torch.from_numpy(weights.tensor(name)) if values else tensor).to(dtype)
+    model.load_state_dict(state, assign=True)
     if weights.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.cos, model.sin = rope_tables(weights.config)
+    if values:
+        model.cos, model.sin = rope_tables(weights.config)
     return model

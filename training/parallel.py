@@ -2,7 +2,8 @@
 
 A process learns its place from the environment that torchrun or Slurm sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
 MASTER_PORT). Without WORLD_SIZE there is one process, nothing here communicates, and a model stays an ordinary module.
-Otherwise each decoder layer's parameters are spread over all processes (FSDP2) and gathered only while it computes.
+Otherwise each decoder layer's parameters are spread over all processes (FSDP2) and gathered only while it computes. Only
+process 0 makes or reads a Llama; the others have one on the meta device, whose parts get their values when it is placed.
 
 Processes wait for each other at every step, so none may leave alone: what fails in one is raised in all (`agreed`).
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def place(model: Model, where: Team) -> Model:
     """Move `model` to the team's devices, in place: whole for one process, else spread over all, layer by layer.
 
+    Of a Llama, the values of process 0 are spread; in the others one layer at a time is whole.
+
     Gathered parameters and reduced gradients are fp32; autocast rounds operands to bf16 in each product, just as in one
     process. A gather in bf16 would halve the traffic, but round scales and embeddings that one process doesn't round.
     """
@@ -158,12 +161,32 @@ def place(model: Model, where: Team) -> Model:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(where.device.type, (where.size,))
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    # What remains, embedding, last norm and head, is gathered by `features` and stays for the loss, which needs the head.
-    fully_shard(model, mesh=mesh)
+    # What remains after the layers, embedding, last norm and head, is gathered by `features` and stays for the loss.
+    for part in (*decoder_layers(model), model):
+        if isinstance(model, Llama):
+            _bring_values(part)
+        fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "features")
     return model
+
+
+@torch.no_grad()
+def _bring_values(module: nn.Module) -> None:
+    """Give all of `module` that isn't spread yet the values of process 0; what is one parameter stays one."""
+    brought: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if tensor not in brought:
+                    values = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.detach()
+                    dist.broadcast(values, src=0)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    brought[tensor] = nn.Parameter(values, tensor.requires_grad) if is_parameter else values
+                if tensor.is_meta:
+                    tensors[name] = brought[tensor]
 
 
 def spread(model: nn.Module) -> None:

@@ -9,11 +9,11 @@ from typing import cast
 from fbiedge.weights import SIDECARS
 
 from .model import Llama
-from .parallel import agreed, team
+from .parallel import agreed, is_first, team
 from .plan import COLUMN_SHARED, RunPlan
 from .prepare import check_teacher, open_batches, prepare_run
 from .shared_scales import share_scales
-from .start import start_from
+from .start import start_anew, start_from
 from .state import has_state
 from .teacher import load_teacher, teacher_facts
 from .trainer import LOG_EVERY, StepReport, train
@@ -36,13 +36,15 @@ def execute_run(
         plan = RunPlan.load(run)
         training, teacher = plan.training, None
         team().rows(training.batch_size)
+        values = is_first()  # the others get their parts of them, see parallel.place
         if plan.teacher is not None:
             check_teacher(teacher_facts(Path(plan.teacher)), plan)
-            teacher = cast(Llama, load_teacher(Path(plan.teacher), plan.teacher_dtype))  # or one that is used alike
+            loaded = load_teacher(Path(plan.teacher), plan.teacher_dtype, values)
+            teacher = cast(Llama, loaded)  # or one that is used alike
         if plan.init is None or (resume and has_state(run)):
-            model = Llama(plan.model).initialize(training.seed)
+            model = start_anew(plan.model, training.seed, values)
         else:
-            model = start_from(Path(plan.init), plan.model.scaling_pattern)
+            model = start_from(Path(plan.init), plan.model.scaling_pattern, values)
         if plan.shared_scales:
             share_scales(model)
         batches, held_out_batches = open_batches(run, plan)

@@ -84,7 +84,9 @@ def _make_positive(linear: BinaryLinear) -> None:
 
 
 def _ratio(a: BinaryLinear, b: BinaryLinear) -> float:
-    """How much larger the scales of `a` are; 1 where a matrix has none but zeros."""
+    """How much larger the scales of `a` are; 1 where a matrix has none but zeros, or no values here (parallel.py)."""
+    if a.wscale.is_meta:
+        return 1.0
     size_a, size_b = (float(linear.wscale.double().square().mean().sqrt()) for linear in (a, b))
     return size_a / size_b if size_a > 0 and size_b > 0 else 1.0
 

@@ -8,24 +8,35 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fbiedge.config import BLOCK_SIZE, ScalingPattern
+from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
 
 from .checkpoint import load_model
 from .model import BinaryLinear, Llama
 
 
+def start_anew(config: ModelConfig, seed: int, values: bool = True) -> Llama:
+    """Random weights; without `values` on the meta device, see parallel.py."""
+    if values:
+        return Llama(config).initialize(seed)
+    with torch.device("meta"):
+        return Llama(config)
+
+
 @torch.no_grad()
-def start_from(checkpoint: Path, pattern: ScalingPattern) -> Llama:
+def start_from(checkpoint: Path, pattern: ScalingPattern, values: bool = True) -> Llama:
     """The model of `checkpoint` with its linears in the form `pattern`; unchanged where that is the form it has.
 
     A full-precision checkpoint gives its weights as latents, with scales by the published rule (the paper's "pretrained
     start"). From another binary form, signs and scales are a least-squares fit of W_eff, and each latent keeps its
-    distance from zero, which says how firmly the sign is held. Raises CheckpointError.
+    distance from zero, which says how firmly the sign is held. Without `values`: as start_anew. Raises CheckpointError.
     """
-    source = load_model(checkpoint)
+    source = load_model(checkpoint, values=values)
     if source.config.scaling_pattern == pattern:
         return source
-    target = Llama(replace(source.config, scaling_pattern=pattern))
+    config = replace(source.config, scaling_pattern=pattern)
+    if not values:
+        return start_anew(config, 0, values=False)
+    target = Llama(config)
     linears = dict(target.named_modules())
     tensors = target.state_dict()
     for name, module in source.named_modules():

@@ -91,13 +91,14 @@ def fitted(model: ModelConfig, teacher: TeacherFacts) -> ModelConfig:
     return replace(model, vocab_size=teacher.vocab_size, bos_token_id=bos, eos_token_id=eos)
 
 
-def load_teacher(folder: Path, dtype: TeacherDtype) -> nn.Module:
+def load_teacher(folder: Path, dtype: TeacherDtype, values: bool = True) -> nn.Module:
     """A frozen module with `features(ids)` [B, T, hidden] and `lm_head.weight` [V, hidden].
 
-    Raises CheckpointError or UsageError.
+    Without `values` a Llama is on the meta device, see parallel.py; another architecture isn't, as only its own code knows
+    which of its tensors are computed when it is made. Raises CheckpointError or UsageError.
     """
     facts = teacher_facts(folder)
-    teacher = load_model(folder, _DTYPES[dtype]) if facts.is_llama else ForeignTeacher(folder, _DTYPES[dtype])
+    teacher = load_model(folder, _DTYPES[dtype], values) if facts.is_llama else ForeignTeacher(folder, _DTYPES[dtype])
     return teacher.eval().requires_grad_(False)
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from support import train_worker
 from support.processes import finish, start
 from support.tiny_run import model_config, training_config
 
+from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, UsageError
 from fbiedge.training.divergence import LossWatch
 from fbiedge.training.loss import head_losses
@@ -23,34 +23,38 @@ from fbiedge.training.model import Llama
 from fbiedge.training.parallel import Team, freeze
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.shared_scales import share_scales
+from fbiedge.training.start import start_anew, start_from
 from fbiedge.training.state import RunState, saved_states
+from fbiedge.training.teacher import load_teacher
 from fbiedge.training.trainer import Objective
 from fbiedge.weights import open_checkpoint
 
 STEPS = 6
 # fp32 sums in another order differ by 2^-24 of themselves, and six steps let that grow tenfold. In bf16 each process
-# rounds its own part of a weight's gradient (2^-9 of it); AdamW makes of a gradient near zero a whole step up or down.
-TOLERANCES = {"column": 5e-6, "shared": 5e-6, "micro": 5e-6, "background": 5e-6, "bf16": 2e-2}
+# rounds its own part of a weight's gradient (2^-9 of it); AdamW makes of a gradient near zero a whole step up or down: of 4
+# seeds on 2 and 4 processes, the 6 losses differed by at most 5e-7, 2e-5, 9e-5, 4e-4, 1.2e-3 and 1.0e-3.
+TOLERANCES = {"column": 5e-6, "shared": 5e-6, "micro": 5e-6, "background": 5e-6, "bf16": 4e-3}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 @pytest.fixture(scope="module")
 def prepared(text: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One prepared run of each kind."""
     folder = tmp_path_factory.mktemp("prepared")
-    kinds: dict[str, tuple[str, bool, dict[str, Any]]] = {
-        "column": ("column", False, {}),
-        "shared": ("column", True, {"activation_checkpointing": True, "eval_every": 3}),  # as often as it saves
-        "micro": ("column", True, {"micro_batch_size": 1, "one_hot_share": 0.3}),
-        "background": ("row", True, {"async_checkpoint": True}),
-        "bf16": ("column", True, {"bf16": True}),
-    }
-    for kind, (pattern, taught, changes) in kinds.items():
-        config = model_config(pattern, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    kinds: dict[str, tuple[ModelConfig, dict[str, Any], dict[str, Any]]] = {
+        "column": (model_config("column", **GROUPED), {"teacher": None}, {}),
+        "shared": (model_config("column", **GROUPED), {"shared_scales": True},
+                   {"activation_checkpointing": True, "eval_every": 3}),  # as often as it saves
+        "micro": (model_config("column", **GROUPED), {"shared_scales": True},
+                  {"micro_batch_size": 1, "one_hot_share": 0.3, "head": "int8", "embedding": "int8"}),
+        "background": (model_config("row"), {"init": str(teacher)}, {"async_checkpoint": True}),
+        "bf16": (model_config("column", **GROUPED), {"teacher_dtype": "bf16"}, {"bf16": True}),
+    }  # fmt: skip
+    for kind, (config, how, changes) in kinds.items():
         training = training_config(
             **{"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "eval_every": STEPS, "bf16": False, **changes}
         )
-        plan = RunPlan(model=config, training=training, teacher=str(teacher) if taught else None,
-                       shared_scales=kind in ("shared", "micro"))  # fmt: skip
+        plan = RunPlan(**{"model": config, "training": training, "teacher": str(teacher), **how})
         prepare_run(folder / kind, plan, [text], [])
     return folder
 
@@ -66,25 +70,41 @@ def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def launches(prepared: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """All of it on 2 and on 4 processes, in one launch each: the runs, one that stops and goes on, one that a single
+    process began in the form of earlier versions, and one that 2 begin and 4 end."""
+    launches = {}
+    for size in (2, 4):
+        folder = prepared.parent / f"on{size}"
+        shutil.copytree(prepared, folder)
+        shutil.copytree(prepared / "shared", folder / "stopped")
+        shutil.copytree(prepared / "shared", folder / "old")
+        write_old_state(folder / "old", 3)
+        arguments = [str(folder / kind) for kind in TOLERANCES]
+        arguments += [f"{folder / 'stopped'}:to=3", f"{folder / 'stopped'}:resume", f"{folder / 'old'}:resume"]
+        handed = prepared.parent / "handed"
+        if size == 2:
+            shutil.copytree(prepared / "shared", handed)
+        arguments.append(f"{handed}:to=2" if size == 2 else f"{handed}:resume")
+        ended = finish(start(size, [train_worker.__file__, *arguments]))
+        assert [process.code for process in ended] == [0] * size, [process.printed for process in ended]
+        assert not any(process.printed for process in ended[1:])
+        reports: dict[str, Any] = {}
+        for line in ended[0].printed.splitlines():
+            if line.startswith("{"):
+                report = json.loads(line)
+                reports.setdefault(report["run"], {})[report["step"]] = report
+        launches[size] = folder, reports
+    return launches
+
+
 @pytest.fixture(scope="module", params=[2, 4])
-def together(request: pytest.FixtureRequest, prepared: Path, alone: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """All of it on several processes, in one launch: the runs, one that stops and goes on, one that others began."""
-    folder = prepared.parent / f"on{request.param}"
-    shutil.copytree(prepared, folder)
-    shutil.copytree(prepared / "shared", folder / "stopped")
-    shutil.copytree(prepared / "shared", folder / "old")  # begun by one process, in the form of earlier versions
-    write_old_state(folder / "old", 3)
-    arguments = [str(folder / kind) for kind in TOLERANCES]
-    arguments += [f"{folder / 'stopped'}:to=3", f"{folder / 'stopped'}:resume", f"{folder / 'old'}:resume"]
-    ended = finish(start(request.param, [train_worker.__file__, *arguments]))
-    assert [process.code for process in ended] == [0] * request.param, [process.printed for process in ended]
-    assert not any(process.printed for process in ended[1:])
-    reports: dict[str, Any] = {}
-    for line in ended[0].printed.splitlines():
-        if line.startswith("{"):
-            report = json.loads(line)
-            reports.setdefault(report["run"], {})[report["step"]] = report
-    yield folder, reports
+def together(
+    request: pytest.FixtureRequest, launches: dict[int, tuple[Path, dict[str, Any]]]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the runs of one launch, and its reports."""
+    return launches[request.param]
 
 
 def write_old_state(run: Path, steps: int) -> None:
@@ -115,12 +135,13 @@ def test_several_processes_train_as_one_does(kind: str, together: tuple[Path, di
     expected = json.loads((alone / f"{kind}.json").read_text())
     losses = [reports[kind][step]["loss"] for step in range(1, STEPS + 1)]
     assert losses == pytest.approx(expected, abs=TOLERANCES[kind])
+    assert losses[0] == pytest.approx(expected[0], abs=5e-6)  # nothing has been added up yet
     assert losses[-1] < losses[0]
     mine, theirs = open_checkpoint(folder / kind / "model"), open_checkpoint(alone / kind / "model")
     assert mine.config == theirs.config and mine.files == theirs.files
     name = "model.layers.1.mlp.down_proj"
     changed = torch.from_numpy(mine.linear(name).dense() - theirs.linear(name).dense())  # type: ignore[union-attr]
-    assert changed.abs().mean() < (1e-3 if kind == "bf16" else 1e-5)
+    assert changed.abs().mean() < (5e-4 if kind == "bf16" else 1e-6)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(together: tuple[Path, dict[str, Any]]) -> None:
@@ -150,14 +171,39 @@ def test_one_process_goes_on_from_what_several_saved(
     assert [report.loss for report in execute_run(run, resume=True)] == pytest.approx(expected, abs=5e-6)
 
 
-def test_four_processes_go_on_from_what_two_saved(prepared: Path, alone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(prepared / "shared", run)
-    assert [process.code for process in finish(start(2, [train_worker.__file__, f"{run}:to=2"]))] == [0, 0]
-    first, *others = finish(start(4, [train_worker.__file__, f"{run}:resume"]))
-    assert [first.code, *(process.code for process in others)] == [0] * 4
-    losses = [json.loads(line)["loss"] for line in first.printed.splitlines() if line.startswith("{")]
-    assert losses == pytest.approx(json.loads((alone / "shared.json").read_text())[2:], abs=5e-6)
+def test_four_processes_go_on_from_what_two_saved(
+    launches: dict[int, tuple[Path, dict[str, Any]]], alone: Path
+) -> None:
+    began, ended = (list(reports["handed"].values()) for _, reports in launches.values())
+    assert [report["step"] for report in (*began, *ended)] == list(range(1, STEPS + 1))
+    expected = json.loads((alone / "shared.json").read_text())
+    assert [report["loss"] for report in (*began, *ended)] == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_without_values_has_the_structure_of_one_with(shared: bool, teacher: Path) -> None:
+    """What process 0 brings to the others must find its place there: same names, shapes, dtypes and shared parameters."""
+
+    def structure(model: torch.nn.Module) -> list[Any]:
+        numbers: dict[torch.Tensor, int] = {}
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        return [
+            (name, tensor.shape, tensor.dtype, tensor.requires_grad, numbers.setdefault(tensor, len(numbers)))
+            for name, tensor in tensors
+        ]
+
+    def made(values: bool) -> list[torch.nn.Module]:
+        grouped = model_config("column", tie_word_embeddings=True, **GROUPED)
+        students = [start_anew(grouped, 1, values), start_from(teacher, "column", values)]
+        if shared:
+            for student in students:
+                share_scales(student)
+        guides = [freeze(load_teacher(teacher, dtype, values), bf16=True) for dtype in ("fp32", "bf16")]
+        return [*students, start_from(teacher, "none", values), *guides]
+
+    for whole, bare in zip(made(True), made(False), strict=True):
+        assert structure(bare) == structure(whole)
+        assert all(parameter.is_meta for parameter in bare.parameters())
 
 
 def test_one_process_resumes_the_old_form_exactly(prepared: Path, alone: Path, tmp_path: Path) -> None:
