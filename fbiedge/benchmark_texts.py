@@ -12,18 +12,19 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from .errors import UsageError, printable
 from .hub import open_datasets, unreachable
 
 C4_DOCUMENTS = 1100
 C4_WINDOWS = 256
+_LONGEST_LINE = 1 << 24  # characters; what is longer is no text, and may have no end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,28 +35,44 @@ class BenchmarkText:
     field: str  # of a row
     separator: str
     file: str  # what to give where the hub can't be reached
-    rows_of: Callable[[IO[str]], Iterable[str]]  # the same rows from that file
+    rows_of: Callable[[Path], Iterable[str]]  # the same rows from that file
     most_rows: int | None = None
     most_windows: int | None = None
 
 
-def _wikitext_rows(file: IO[str]) -> Iterator[str]:
+def text_lines(path: Path, what: str) -> Iterator[str]:
+    """Lines of a UTF-8 file, unpacked where its name ends in .gz or .xz. Raises UsageError, which calls it `what`."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                if len(line) == _LONGEST_LINE:
+                    raise UsageError(f"{path}: line {number} is longer than {_LONGEST_LINE >> 20} million characters")
+                yield line
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or printable(str(error))
+        raise UsageError(f"can't read the {what} {path}: {why}") from error
+
+
+def _wikitext_rows(path: Path) -> Iterator[str]:
     """A row is a line with its end, or nothing for an empty one, as in the hub's copy."""
-    return (line if line.strip() else "" for line in file)
+    return (line if line.strip() else "" for line in text_lines(path, "text"))
 
 
-def _ptb_rows(file: IO[str]) -> Iterator[str]:
-    return (line.strip() for line in file)
+def _ptb_rows(path: Path) -> Iterator[str]:
+    return (line.strip() for line in text_lines(path, "text"))
 
 
-def _c4_rows(file: IO[str]) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
+def _c4_rows(path: Path) -> Iterator[str]:
+    for number, line in enumerate(text_lines(path, "text"), 1):
         try:
             text = json.loads(line)["text"]
         except (ValueError, TypeError, KeyError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise UsageError(f'{file.name}: line {number} is no JSON object with a "text"')
+            raise UsageError(f'{path}: line {number} is no JSON object with a "text"')
         yield text
 
 
@@ -106,7 +123,7 @@ def benchmark_text(name: str) -> BenchmarkText:
 def read_benchmark_text(name: str, file: Path | None = None) -> str:
     """The text called `name`, from the hub or from `file`. Raises UsageError."""
     text = benchmark_text(name)
-    rows: Iterable[str] = _rows_from_hub(name, text) if file is None else _rows_from_file(file, text)
+    rows: Iterable[str] = _rows_from_hub(name, text) if file is None else text.rows_of(file)
     return text.separator.join(islice(rows, text.most_rows))
 
 
@@ -117,19 +134,3 @@ def _rows_from_hub(name: str, text: BenchmarkText) -> list[str]:
         return [str(row[text.field]) for row in islice(rows, text.most_rows)]
     except Exception as error:  # of a dozen libraries below, for the network, the cache and the files
         raise unreachable(name, error, f"give {text.file}, by --dataset-file FILE") from error
-
-
-def _rows_from_file(path: Path, text: BenchmarkText) -> Iterator[str]:
-    try:
-        with closing(open_text(path)) as file:
-            yield from text.rows_of(file)
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UsageError(
-            f"can't read the text {path}: {getattr(error, 'strerror', None) or printable(str(error))}"
-        ) from error
-
-
-def open_text(path: Path) -> IO[str]:
-    """A UTF-8 file to read, unpacked where its name ends in .gz or .xz."""
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return cast(IO[str], opener(path, "rt", encoding="utf-8"))

@@ -54,6 +54,8 @@ def evaluate(
             raise UsageError(f"{option} has a meaning only with {needs}")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}, expected at least 1")
+    if not model.exists():
+        _open(model, window, threads)  # says so now, not after minutes of reading tasks or texts
     report: Any
     if asked[2]:
         report = _run_tasks(model, _names(tasks), task_file or [], limit, window, threads)
@@ -105,7 +107,7 @@ def _run_tasks(
     from .harness.tasks import import_harness, load_tasks, run_tasks
 
     files = [read_task_file(path) for path in paths]
-    import_harness()  # before the model is opened, which may take long
+    import_harness(hub=bool(names))  # before the model is opened, which may take long
     tasks = load_tasks(names, files)
     engine = _open(model, window, threads)
     with terminal.progress_bar("evaluating") as update:

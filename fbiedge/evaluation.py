@@ -57,9 +57,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity."""
-        interval = self.interval and [finite(bound) for bound in self.interval]
-        bits = self.bits_per_byte and finite(self.bits_per_byte)
-        return {**asdict(self), "bits_per_byte": bits, "perplexity": finite(self.perplexity), "interval": interval}
+        return without_infinities(asdict(self))
 
     def lines(self) -> list[str]:
         """For people."""
@@ -85,11 +83,12 @@ def evaluate(
 ) -> Evaluation:
     """Loss of `engine` on `ids`, in windows of `window` tokens or its context, where that is shorter.
 
-    Raises UsageError for fewer than two tokens, ModelFileError where the logits are no numbers.
+    `progress` is told how many tokens are predicted, and how many will be. Raises UsageError for fewer than two tokens,
+    ModelFileError where the logits are no numbers.
     """
     length = min(window, engine.capacity)
     windows = cut(ids, length)
-    total = sum(map(len, windows))
+    tokens = sum(map(len, windows)) - len(windows)
     losses: list[npt.NDArray[np.float64]] = []
     done, started = 0, perf_counter()
     for part in windows:
@@ -97,15 +96,12 @@ def evaluate(
         losses.append(np.empty(len(part) - 1))
         for start in range(0, len(part) - 1, CHUNK):
             targets = part[start + 1 : start + 1 + CHUNK]
-            logits = engine.logits(part[start : start + len(targets)])
+            logits = finite_logits(engine, part[start : start + len(targets)])
             losses[-1][start : start + len(targets)] = token_losses(logits, targets)
-            progress(done + start + len(targets), total)
-        done += len(part)
+            done += len(targets)
+            progress(done, tokens)
     seconds = perf_counter() - started
-    tokens = sum(map(len, losses))
     loss = sum(float(part.sum()) for part in losses) / tokens
-    if not math.isfinite(loss):
-        raise ModelFileError(f"{engine.path} gives logits that are not finite; the model is broken")
     parts = losses
     if len(windows) < _FEW_WINDOWS:
         parts = [part[start : start + _RUN] for part in losses for start in range(0, len(part), _RUN)]
@@ -115,7 +111,7 @@ def evaluate(
         window=len(windows[0]),
         windows=len(windows),
         tokens=tokens,
-        left_out=len(ids) - total,
+        left_out=len(ids) - tokens - len(windows),
         nats_per_token=loss,
         bits_per_byte=_bits_per_byte(engine.tokenizer, windows, loss * tokens),
         perplexity=perplexity_of(loss),
@@ -140,6 +136,14 @@ def cut(ids: Sequence[int], length: int, *, rest: bool = False) -> list[Sequence
     return windows
 
 
+def finite_logits(engine: LogitEngine, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Those of `engine` after each of `ids`. Raises ModelFileError where they are no numbers."""
+    rows = engine.logits(ids)
+    if not np.isfinite(rows.max(axis=-1)).all():  # a maximum is NaN where anything is
+        raise ModelFileError(f"{engine.path} gives logits that are not finite; the model is broken")
+    return rows
+
+
 def encode(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
     """Ids of a whole text. Raises UsageError where they go beyond the vocabulary."""
     ids = tokenizer.encode(text)
@@ -153,9 +157,17 @@ def perplexity_of(nats_per_token: float) -> float:
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 
-def finite(value: float) -> float | None:
-    """None for what JSON has no word for."""
-    return value if math.isfinite(value) else None
+def without_infinities(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields`, however deep, with None for the numbers that JSON has no word for."""
+
+    def valid(value: Any) -> Any:
+        if isinstance(value, dict):
+            return without_infinities(value)
+        if isinstance(value, (list, tuple)):
+            return [valid(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: valid(value) for name, value in fields.items()}
 
 
 def _bits_per_byte(tokenizer: Tokenizer | None, windows: Sequence[Sequence[int]], nats: float) -> float | None:

@@ -39,6 +39,12 @@ def offline_if_unreachable() -> None:
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
         socket.create_connection((endpoint.hostname or "", port), timeout=_SECONDS).close()
     except (OSError, ValueError):
+        stay_offline()
+
+
+def stay_offline() -> None:
+    """Have the hub's libraries ask it for nothing; must come before they are imported."""
+    if "huggingface_hub" not in sys.modules:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

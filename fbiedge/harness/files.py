@@ -15,13 +15,11 @@ for the `Passage:` that BoolQ's begin with there.
 from __future__ import annotations
 
 import json
-import lzma
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..benchmark_texts import open_text
+from ..benchmark_texts import text_lines
 from ..errors import UsageError, printable
 
 _PACKED = (".gz", ".xz")
@@ -40,6 +38,7 @@ class Question:
 class TaskFile:
     """The questions of one file."""
 
+    path: Path
     name: str  # of the task: that of the file without its endings
     questions: list[Question]
     varies: str  # `contexts` or `continuations`
@@ -48,20 +47,15 @@ class TaskFile:
 def read_task_file(path: Path) -> TaskFile:
     """The questions in `path`. Raises UsageError, which names the line that is wrong."""
     questions = []
-    try:
-        with closing(open_text(path)) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    questions.append(_question(line, f"{path}: line {number}"))
-                    if _varies(questions[-1]) != _varies(questions[0]):
-                        raise UsageError(f"{path}: line {number} is of another form than those before it")
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        why = getattr(error, "strerror", None) or printable(str(error))
-        raise UsageError(f"can't read the task file {path}: {why}") from error
+    for number, line in enumerate(text_lines(path, "task file"), 1):
+        if line.strip():
+            questions.append(_question(line, f"{path}: line {number}"))
+            if _varies(questions[-1]) != _varies(questions[0]):
+                raise UsageError(f"{path}: line {number} is of another form than those before it")
     if not questions:
         raise UsageError(f"{path} holds no questions, expected one a line")
     plain = path.with_suffix("") if path.suffix in _PACKED else path
-    return TaskFile(name=plain.stem, questions=questions, varies=_varies(questions[0]))
+    return TaskFile(path=path, name=plain.stem, questions=questions, varies=_varies(questions[0]))
 
 
 def _varies(question: Question) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, import-not-found, unused-i
 
 from ..engines import LogitEngine, open_logits
 from ..errors import UsageError
-from ..evaluation import CHUNK, WINDOW, Progress
+from ..evaluation import CHUNK, WINDOW, Progress, finite_logits
 from ..metrics import token_losses
 from ..sampling import Sampler, SamplingOptions
 from ..stop_strings import StopMatcher
@@ -198,7 +198,7 @@ class FbiEdgeLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             self._cached += rest
 
     def _logits(self, ids: list[int]) -> Any:
-        rows = self.engine.logits(ids)
+        rows = finite_logits(self.engine, ids)
         self._cached += ids
         return rows
 

@@ -20,8 +20,8 @@ from typing import Any
 from ..cli_support import extra
 from ..engines import LogitEngine
 from ..errors import UsageError, printable
-from ..evaluation import Progress, finite
-from ..hub import offline_if_unreachable, open_datasets, unreachable
+from ..evaluation import Progress, without_infinities
+from ..hub import offline_if_unreachable, open_datasets, stay_offline, unreachable
 from .files import TaskFile
 
 # FBI-LLM's, and where the harness keeps them: to read only these takes no 15 seconds, as reading all 14,000 tasks does.
@@ -39,6 +39,7 @@ _SHARES = ("acc", "acc_norm")
 _Z = 1.959964  # of 95 %
 _RESAMPLES = 1000  # for the few metrics whose standard error has no formula
 _FEWSHOT_SEED = 1234  # the harness's own
+_FILE = "fbiedge_file"  # in a task's metadata: where its questions come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Score:
     """One metric of one task."""
 
     task: str
+    file: str | None  # its questions; None for a task of the harness's own
     metric: str
     value: float
     standard_error: float | None
@@ -65,8 +67,8 @@ class HarnessReport:
     scores: list[Score]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which knows no infinity."""
+        return without_infinities(asdict(self))
 
     def lines(self) -> list[str]:
         """For people."""
@@ -81,11 +83,11 @@ class HarnessReport:
         return [f"model   {self.model}", f"engine  {self.engine}, window of {self.window} tokens{first}", *table]
 
 
-def import_harness() -> None:
-    """Import what runs the tasks, in silence. Raises UsageError where it isn't installed."""
+def import_harness(*, hub: bool) -> None:
+    """Import what runs the tasks, in silence; `hub`: may it be asked? Raises UsageError where it isn't installed."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # there is one progress bar, ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    offline_if_unreachable()
+    offline_if_unreachable() if hub else stay_offline()
     with extra("eval"):
         importlib.import_module("lm_eval.evaluator")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -115,6 +117,8 @@ def load_tasks(names: Sequence[str], files: Sequence[TaskFile]) -> dict[str, Any
                 ) from error
             except Exception as error:  # of a dozen libraries below, for the network, the cache and the task
                 raise unreachable(name, error, "give its questions in a file, by --task-file FILE") from error
+            if twice := min(set(loaded["tasks"]) & {file.name for file in files}, default=None):
+                raise UsageError(f"two tasks are called {twice}; rename one of the files")
             tasks |= loaded["tasks"]
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -149,8 +153,8 @@ def run_tasks(
     )
     scores = [
         score
-        for name in tasks
-        for score in _scores(name, found["results"][name], found.get("samples", {}).get(name, []))
+        for name, task in tasks.items()
+        for score in _scores(name, task, found["results"][name], found.get("samples", {}).get(name, []))
     ]
     return HarnessReport(
         model=str(engine.path), engine=engine.description, window=model.max_length, limit=limit, scores=scores
@@ -165,7 +169,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def _scores(task: str, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Score]:
+def _scores(name: str, task: Any, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Score]:
     """The metrics of one task, which the harness names `acc,none` and `acc_stderr,none`."""
     options = [len(sample["arguments"]) for sample in samples]
     scores = []
@@ -174,7 +178,7 @@ def _scores(task: str, results: dict[str, Any], samples: Sequence[dict[str, Any]
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = results.get(f"{metric}_stderr,{filtered}")
-        error = finite(float(error)) if isinstance(error, (int, float)) else None
+        error = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
         interval, is_share = None, metric in _SHARES and min(options, default=1) > 1
         if is_share:
             interval = wilson(value, len(options))
@@ -182,7 +186,8 @@ def _scores(task: str, results: dict[str, Any], samples: Sequence[dict[str, Any]
             interval = (value - _Z * error, value + _Z * error)
         scores.append(
             Score(
-                task=task,
+                task=name,
+                file=(task.get_config("metadata") or {}).get(_FILE),
                 metric=metric if filtered == "none" else f"{metric} ({filtered})",
                 value=float(value),
                 standard_error=error,
@@ -230,7 +235,7 @@ def _file_task(file: TaskFile) -> Any:
             "custom_dataset": lambda **_: {"test": rows},
             "test_split": "test",
             "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
-            "metadata": {"version": 1.0},
+            "metadata": {"version": 1.0, _FILE: str(file.path)},
             **form,
         }
     )

@@ -85,11 +85,18 @@ def test_errors(fbiedge: Run, plain_model: Path, tmp_path: Path, monkeypatch: py
     file.write_text('{"text": "one"}\n{"url": "x"}\n')
     with pytest.raises(UsageError, match='file: line 2 is no JSON object with a "text"'):
         read_benchmark_text("c4", file)
+    (tmp_path / "file.xz").write_bytes(lzma.compress(file.read_bytes()))
+    with pytest.raises(UsageError, match='file.xz: line 2 is no JSON object with a "text"'):
+        read_benchmark_text("c4", tmp_path / "file.xz")
+    packed = gzip.compress(bytes(1000))
+    (tmp_path / "file.gz").write_bytes(packed[:12] + b"\xff" * 4 + packed[16:])
     file.write_bytes(b"\xff")
     for options, message in (
         (["--dataset", "c5"], "--dataset is 'c5', expected one of wikitext2, ptb, c4"),
         (["--dataset", "ptb", "--dataset-file", file], "can't read the text"),
+        (["--dataset", "ptb", "--dataset-file", tmp_path / "file.gz"], "can't read the text"),
         (["--dataset", "ptb", "--dataset-file", tmp_path / "none"], "can't read the text"),
+        (["--dataset", "ptb", "--dataset-file", "/dev/zero"], "/dev/zero: line 1 is longer than 16 million characters"),
         (["--text", file, "--dataset-file", file], "--dataset-file has a meaning only with --dataset"),
         (["--text", file, "--dataset", "ptb"], "expected one of --text, --dataset"),
     ):

@@ -90,7 +90,7 @@ def test_progress_ends_at_the_total() -> None:
     seen: list[tuple[int, int]] = []
     evaluate(Fake(), [0] * 1000, window=300, progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert {total for _, total in seen} == {900} and seen[-1][0] == 899
+    assert {total for _, total in seen} == {3 * 299} and seen[-1][0] == 3 * 299
 
 
 def test_interval_is_that_of_the_mean() -> None:
@@ -114,8 +114,12 @@ def test_parts_are_windows_where_there_are_many() -> None:
 
 
 def test_logits_that_are_no_numbers() -> None:
-    with pytest.raises(ModelFileError, match="not finite"):
-        evaluate(Fake(fill=math.nan), [0] * 10)
+    """Said at once, not after the whole text."""
+    for fill in (math.nan, math.inf):
+        engine = Fake(fill=fill)
+        with pytest.raises(ModelFileError, match="not finite"):
+            evaluate(engine, [0] * 1000, window=100)
+        assert engine.runs == [[99]]
 
 
 def test_a_hopeless_loss_is_infinite_and_still_json() -> None:

@@ -17,7 +17,7 @@ from support.tiny_gguf import tiny_gguf
 from support.tiny_model import tiny_model
 
 from fbiedge.engines import open_logits
-from fbiedge.errors import UsageError
+from fbiedge.errors import ModelFileError, UsageError
 from fbiedge.harness.model import FbiEdgeLM
 from fbiedge.sample_text import SAMPLE_TEXT
 
@@ -118,6 +118,15 @@ def test_generation_by_chance_repeats(ours: FbiEdgeLM) -> None:
     asked = [("Once", {"max_gen_toks": 30, "do_sample": True, "temperature": 1.5, "until": []})]
     first, second = (ours.generate_until(requests("generate_until", asked)) for _ in range(2))
     assert first == second != ours.generate_until(requests("generate_until", [("Once", {"max_gen_toks": 30})]))
+
+
+def test_logits_that_are_no_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer would be the right one, or none."""
+    engine = open_logits(folder, tokens=64)
+    monkeypatch.setattr(engine, "logits", lambda ids: np.full((len(ids), 400), np.nan, np.float32))
+    for kind, asked in (("loglikelihood", ("a", " b")), ("generate_until", ("a", {"max_gen_toks": 3}))):
+        with pytest.raises(ModelFileError, match="not finite"):
+            getattr(FbiEdgeLM(engine), kind)(requests(kind, [asked]))
 
 
 class Counting:

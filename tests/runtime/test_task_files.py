@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -104,9 +105,11 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl.xz").write_bytes(b"no xz")
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:20])
+    packed = gzip.compress(bytes(1000))
+    (tmp_path / "wrong.jsonl.gz").write_bytes(packed[:12] + b"\xff" * 4 + packed[16:])
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9\n")
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name in ("none.jsonl", "bad.jsonl.xz", "bad.jsonl.gz", "latin.jsonl"):
+    for name in ("none.jsonl", "bad.jsonl.xz", "bad.jsonl.gz", "wrong.jsonl.gz", "latin.jsonl"):
         with pytest.raises(UsageError, match="can't read the task file"):
             read_task_file(tmp_path / name)
     with pytest.raises(UsageError, match="holds no questions"):
@@ -160,16 +163,27 @@ def test_wilson(right: int, count: int) -> None:
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
-    """In a process of its own, where the harness's bars and warnings would show."""
+    """In a process of its own, where the harness's bars and warnings would show. The hub is not asked for anything."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}",
+        "HF_HOME": str(tmp_path),
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
     own = write(tmp_path / "own.jsonl", OWN, OWN, OWN)
     schema = write(tmp_path / "schema.jsonl", SCHEMA)
-    done = command("eval", folder, "--task-file", own, "--task-file", schema, "--limit", 2, "--json")
+    done = command("eval", folder, "--task-file", own, "--task-file", schema, "--limit", 2, "--json", env=environment)
+    listener.setblocking(False)
+    with pytest.raises(BlockingIOError):  # nobody called
+        listener.accept()
+    listener.close()
     assert (done.returncode, done.stderr) == (0, "")
     *table, last = done.stdout.splitlines()
     report = json.loads(last)
     assert [(score["task"], score["metric"], score["questions"]) for score in report["scores"]] == [
         ("own", "acc", 2), ("own", "acc_norm", 2), ("schema", "acc", 1),
     ]  # fmt: skip
+    assert [score["file"] for score in report["scores"]] == [str(own), str(own), str(schema)]
     assert report["limit"] == 2 and report["window"] == 128 and report["engine"] == "numpy reference, fp32"
     assert table[2].split() == ["task", "metric", "value", "95", "%", "interval", "chance", "questions"]
     assert len(table) == 6 and "the first 2 questions of each task" in table[1]
@@ -240,6 +254,7 @@ def test_errors_of_the_command(fbiedge: Run, folder: Path, tmp_path: Path, monke
     twin = write(tmp_path / "folder/own.jsonl", OWN)
     for options, message in (
         (["--task-file", own, "--task-file", twin], "two tasks are called own"),
+        (["--task-file", own, "--tasks", "own"], "two tasks are called own"),
         (["--task-file", own, "--limit", "0"], "--limit is 0, expected at least 1"),
         (["--task-file", own, "--max-tokens", "5"], "--max-tokens has a meaning only with"),
         (["--task-file", own, "--text", own], "expected one of --text, --dataset, and --tasks"),
@@ -265,7 +280,7 @@ def test_errors_of_the_command(fbiedge: Run, folder: Path, tmp_path: Path, monke
         (ValueError("a wrong\nfile"), r"^can't get odd from .* \(a wrong\); give its questions in a file"),
     ],
 )
-def test_tasks_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch, loaded: Any, message: str) -> None:
+def test_tasks_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loaded: Any, message: str) -> None:
     def load(names: list[str]) -> dict[str, Any]:
         if isinstance(loaded, Exception):
             raise loaded
@@ -274,6 +289,12 @@ def test_tasks_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch, loaded: Any, 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: SimpleNamespace(all_tasks=["odd"], load=load))
     with pytest.raises(UsageError, match=message):
         load_tasks(["odd"], [])
+    if isinstance(loaded, SimpleNamespace):  # as a group brings tasks of other names than its own
+        file = read_task_file(write(tmp_path / "part.jsonl", OWN))
+        group = SimpleNamespace(all_tasks=["odd"], load=lambda _: {"tasks": {"part": loaded}})
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: group)
+        with pytest.raises(UsageError, match="two tasks are called part"):
+            load_tasks(["odd"], [file])
     with pytest.raises(UsageError, match="lm-evaluation-harness has no task other; FBI-LLM's are boolq, piqa"):
         load_tasks(["other"], [])
 
@@ -282,9 +303,11 @@ def test_the_harness_is_looked_for_before_the_model(
     fbiedge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = write(tmp_path / "own.jsonl", OWN)
+    (tmp_path / "broken.onnx").touch()
     for name in ("lm_eval", "lm_eval.evaluator"):
         monkeypatch.setitem(sys.modules, name, None)
-    error = one_error_line(fbiedge("eval", tmp_path / "no.onnx", "--task-file", own))
+    assert "no.onnx does not exist" in one_error_line(fbiedge("eval", tmp_path / "no.onnx", "--task-file", own))
+    error = one_error_line(fbiedge("eval", tmp_path / "broken.onnx", "--task-file", own))
     assert "this needs lm_eval" in error and "pip install 'fbiedge[eval]'" in error
 
 
@@ -292,6 +315,7 @@ def test_the_harness_is_looked_for_before_the_model(
 def test_without_the_hub_in_a_process_of_its_own(folder: Path, tmp_path: Path, options: list[str]) -> None:
     """For real: nobody listens there. Without care the hub's library tries for half a minute and prints of it."""
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    environment.pop("HF_HUB_OFFLINE", None)
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     started = time.monotonic()
     done = command("eval", folder, *options, env=environment)
