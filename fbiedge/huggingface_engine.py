@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -71,12 +72,23 @@ class HuggingFaceLogits:
         self.path = path
         self.description = f"transformers {transformers.__version__}, {model_type}, fp32"
         self.tokenizer = _tokenizer(path, transformers)
-        self.reset()
+        self._refuse_foresight()
 
     def reset(self) -> None:
         """See LogitEngine."""
         self._cache: Any = None  # stays None for a kind of model that shows none: it reads all its tokens each time
         self._tokens: list[int] = []
+
+    def _refuse_foresight(self) -> None:
+        """Raises CheckpointError for a model whose logits depend on what follows, as BERT's do: they predict nothing."""
+        with _as_checkpoint_error(self.path):
+            self.reset()
+            alone = self.logits([0])[0]
+            self.reset()
+            followed = self.logits([0, 1])[0]
+            self.reset()
+        if np.abs(alone - followed).max() > 1e-3 * np.abs(alone).max():
+            raise CheckpointError(f"{self.path} looks at what follows a token; expected a causal language model")
 
     def truncate(self, length: int) -> None:
         """See LogitEngine."""
@@ -117,6 +129,8 @@ def _tokenizer(path: Path, transformers: Any) -> Tokenizer | None:
     try:
         with _hushed(transformers):
             other = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if set(other.get_vocab()) <= set(other.all_special_tokens):
+            return None  # what transformers makes where there are no files at all
         special = {name: getattr(other, name) for name in ("bos_token", "eos_token")}
         return Tokenizer(other.backend_tokenizer.to_str(), {name: text for name, text in special.items() if text})
     except (
@@ -141,13 +155,15 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hushed(transformers: Any) -> Iterator[None]:
-    """Without the bars and reports that transformers prints; what matters in them is checked here."""
+    """Without the bars, reports and warnings that transformers and torch print; what matters in them is checked here."""
     logging_ = transformers.utils.logging
     before = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
     logging_.set_verbosity(logging.CRITICAL)
     logging_.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging_.set_verbosity(before[0])
         if before[1]:

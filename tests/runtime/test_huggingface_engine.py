@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from support.huggingface_folders import VOCAB_SIZE, llama_folder, model_folder
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -117,6 +120,45 @@ def test_what_cannot_be_opened(fbiedge: Run, tmp_path: Path, monkeypatch: pytest
     assert f"transformers can't open {folder}" in error()
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "which needs transformers and torch to run; transformers isn't installed" in error()
+
+
+def test_code_in_a_folder_is_never_run(fbiedge: Run, tmp_path: Path) -> None:
+    """Neither that of a model, of a known type or not, nor that of its tokenizer, nor a pickle's."""
+    text, ran = tmp_path / "text.txt", tmp_path / "ran"
+    text.write_text(SAMPLE_TEXT)
+    folder = model_folder(tmp_path / "model", *KINDS["gpt2"])
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | own | {"model_type": "unheard"}))
+    assert f"transformers can't open {folder}" in one_error_line(fbiedge("eval", folder, "--text", text))
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.Own", None]}}))
+    assert "has no tokenizer" in one_error_line(fbiedge("eval", folder, "--text", text))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Opener(ran)))
+    assert f"transformers can't open {folder}" in one_error_line(fbiedge("eval", folder, "--text", text))
+    assert not ran.exists()
+
+
+class Opener:
+    """Whose pickle opens a file for writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_a_model_that_looks_ahead(fbiedge: Run, tmp_path: Path) -> None:
+    """BERT opens as a causal model, and its logits at a place know the token that they should predict."""
+    (tmp_path / "text.txt").write_text(SAMPLE_TEXT)
+    sizes = {"num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.4}
+    folder = model_folder(tmp_path / "bert", BertLMHeadModel, BertConfig(**SIZES, **sizes))
+    error = one_error_line(fbiedge("eval", folder, "--text", tmp_path / "text.txt"))
+    assert "looks at what follows a token; expected a causal language model" in error
 
 
 def test_a_llama_with_biases_is_none_of_the_reference(tmp_path: Path) -> None:
