@@ -45,7 +45,7 @@ def text_lines(path: Path, what: str) -> Iterator[str]:
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # an editor may have put a mark of UTF-8 in front
             while line := file.readline(_LONGEST_LINE):
                 number += 1
                 if len(line) == _LONGEST_LINE:

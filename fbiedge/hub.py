@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import sys
+import threading
 import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,11 +36,19 @@ def offline_if_unreachable() -> None:
     """
     if "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
         return
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        socket.create_connection((endpoint.hostname or "", port), timeout=_SECONDS).close()
-    except (OSError, ValueError):
+    answered = threading.Event()
+
+    def call() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+            port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+            socket.create_connection((endpoint.hostname or "", port), timeout=_SECONDS).close()
+            answered.set()
+
+    caller = threading.Thread(target=call, daemon=True)  # a name may be looked up for longer than any timeout says
+    caller.start()
+    caller.join(_SECONDS)
+    if not answered.is_set():
         stay_offline()
 
 

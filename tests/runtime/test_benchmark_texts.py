@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from fbiedge import hub
 from fbiedge.benchmark_texts import TEXTS, read_benchmark_text
 from fbiedge.engines import open_logits
 from fbiedge.errors import UsageError
@@ -78,6 +82,25 @@ def test_the_command(fbiedge: Run, plain_model: Path, tmp_path: Path) -> None:
         report = json.loads(out.splitlines()[-1])
         every = len(engine.tokenizer.encode(TEXT[name])) // 16
         assert report["windows"] == (256 if name == "c4" else every)
+
+
+def test_a_name_that_is_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a network swallows what is sent, connecting has a time limit, but the question for the address has none."""
+    done = threading.Event()
+
+    def swallowed(*_: object, **__: object) -> None:
+        done.wait(60)
+        raise OSError
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "to be restored")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delitem(sys.modules, "huggingface_hub")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(hub, "_SECONDS", 0.05)
+    monkeypatch.setattr("socket.create_connection", swallowed)
+    hub.offline_if_unreachable()
+    assert not done.is_set() and os.environ["HF_HUB_OFFLINE"] == "1"
+    done.set()
 
 
 def test_errors(fbiedge: Run, plain_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

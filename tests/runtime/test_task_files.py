@@ -67,7 +67,7 @@ def test_packed_files_and_their_names(tmp_path: Path) -> None:
     for name, packed in (
         ("a.b.jsonl.xz", lzma.compress(line)),
         ("a.b.jsonl.gz", gzip.compress(line)),
-        ("a.b.jsonl", line),
+        ("a.b.jsonl", b"\xef\xbb\xbf" + line),
     ):
         (tmp_path / name).write_bytes(packed)
         found = read_task_file(tmp_path / name)
