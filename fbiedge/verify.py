@@ -15,7 +15,7 @@ import numpy as np
 
 from .engines import LogitEngine
 from .errors import UsageError
-from .evaluation import CHUNK, WINDOW, Progress, cut, encode, finite, perplexity_of
+from .evaluation import CHUNK, WINDOW, Progress, cut, encode, perplexity_of, without_infinities
 from .metrics import ComparisonSum, token_losses
 
 _ROUNDED_INPUTS = (
@@ -73,8 +73,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        numbers = {key: finite(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
-        return {**numbers, "beyond": list(self.beyond)}
+        return {**without_infinities(asdict(self)), "beyond": list(self.beyond)}
 
     def lines(self) -> list[str]:
         """For people."""
