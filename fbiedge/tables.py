@@ -78,7 +78,7 @@ def print_analysis(analysis: Any) -> None:
     """What `fbiedge analyze` found: a row for each run, of a single one also the scales by projection, what is missing."""
     runs = Table(box=None, padding=(0, 2, 0, 0))
     runs.add_column("run")
-    for heading in ("steps", "tokens", "loss", "best held-out", "at step", "flips a step", "alpha", "beta"):
+    for heading in ("steps", "tokens", "next-token loss", "best held-out", "at step", "flips a step", "alpha", "beta"):
         runs.add_column(heading, justify="right")
     for found in analysis.findings:
         under_way = found.steps < found.planned_steps
@@ -86,7 +86,7 @@ def print_analysis(analysis: Any) -> None:
             Text(found.run),
             f"{found.steps:,}" + (f" of {found.planned_steps:,}" if under_way else ""),
             f"{found.tokens:,}",
-            f"{found.loss:.3f}",
+            _number(found.next_token_loss, ".3f"),
             _number(found.best_held_out, ".3f"),
             _number(found.best_step, ",d"),
             "-" if found.flip_flop is None else f"{100 * found.flip_flop:.3g} %",

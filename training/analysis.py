@@ -61,7 +61,7 @@ class Findings:
     steps: int
     planned_steps: int
     tokens: int
-    loss: float  # of the last logged step
+    next_token_loss: float | None  # nats per token, of the last logged step
     best_held_out: float | None  # nats per token
     best_step: int | None
     flip_flop: float | None  # mean of the last FINAL logged steps
@@ -81,7 +81,7 @@ class Analysis:
 
 def analyze(runs: Sequence[Path], out: Path) -> Analysis:
     """Read `runs` and write the folder `out`. Raises UsageError, CheckpointError, OutputError; nothing is half written."""
-    require_only(out, lambda entry: entry.name in FILES, "an analysis")
+    require_only(out, lambda entry: entry.name in FILES and entry.is_file(), "an analysis")
     histories = read_histories(runs)
     scales = {history.name: _read_scales(history.folder / "model") for history in histories}
     summaries = tuple(
@@ -133,20 +133,24 @@ def _curve_figures(histories: Sequence[History]) -> dict[str, Figure]:
     ):
         factor = {"learning_rate": 1e3, "mfu": 100}.get(field, 1)
         series = {h.name: (h.known(field)[0], factor * h.known(field)[1]) for h in histories if len(h.known(field)[0])}
-        if field == "loss":  # of runs that say no more of it, from earlier versions
-            series = {h.name: series[h.name] for h in histories if not len(h.known("one_hot_loss")[0])}
+        if field == "loss":  # elsewhere it is one of the two above
+            series = {h.name: series[h.name] for h in histories if _is_mixed(h) and h.name in series}
         if series:
             panels.append(Panel(y_label=label, series=series, **options))
     names = [history.name for history in histories]
     figures = {"curves.png": plot_panels(panels, names=names)}
     layers = {h.name: h.known_layers("flip_flop") for h in histories if len(h.known_layers("flip_flop")[0])}
     if layers:
-        whole = {name: (tokens, 100 * flips.mean(axis=0)) for name, (tokens, flips) in layers.items()}
+        whole = {h.name: (h.flip_flop()[0], 100 * h.flip_flop()[1]) for h in histories if h.name in layers}
         label = "signs flipped in a step (%)"
         figures["flip_flop.png"] = plot_curves(whole, y_label=label, log_y=True, smooth=True, names=names)
         percent = {name: (tokens, list(100 * flips)) for name, (tokens, flips) in layers.items()}
         figures["flip_flop_layers.png"] = plot_layers(percent, y_label=label, log_y=True)
     return figures
+
+
+def _is_mixed(history: History) -> bool:
+    return history.plan.teacher is not None and 0 < history.plan.training.one_hot_share < 1
 
 
 def _read_scales(model: Path) -> Scales:
@@ -186,7 +190,7 @@ def _histograms(scale: str, runs: Mapping[str, Scales]) -> dict[str, dict[str, H
     }
     if not values:
         return {}
-    ends = np.array([np.quantile(found, (0.001, 0.999)) for found in values.values()], dtype=np.float64)
+    ends = np.array([np.quantile(found.astype(np.float64), (0.001, 0.999)) for found in values.values()])
     low, high = ends[:, 0].min(), ends[:, 1].max()
     room = 0.02 * (high - low) or max(abs(low), 1e-6)  # all alike, as a run may start
     edges = np.linspace(low - room, high + room, BINS + 1)
@@ -207,7 +211,8 @@ def _findings(history: History, scales: Scales) -> Findings:
     else:
         at = int(np.nanargmin(evaluated))
         best, best_step = float(evaluated[at]), int(history.columns["step"][at])
-    flips = history.known_layers("flip_flop")[1]
+    flips = history.flip_flop()[1]
+    last_loss = float(history.columns["one_hot_loss"][-1])
     if history.plan.model.scaling_pattern != "none":
         if not flips.size:
             missing.append("no layers in its metrics, as an earlier version wrote them: no flip-flop ratio")
@@ -223,8 +228,9 @@ def _findings(history: History, scales: Scales) -> Findings:
             moments[kind] = float(together.mean()), float(together.std())
     return Findings(
         run=history.name, steps=history.steps, planned_steps=history.plan.training.steps,
-        tokens=int(history.columns["tokens"][-1]), loss=float(history.columns["loss"][-1]), best_held_out=best,
-        best_step=best_step, flip_flop=float(flips[:, -FINAL:].mean()) if flips.size else None,
+        tokens=int(history.columns["tokens"][-1]), best_held_out=best, best_step=best_step,
+        next_token_loss=None if np.isnan(last_loss) else last_loss,
+        flip_flop=float(flips[-FINAL:].mean()) if flips.size else None,
         alpha=moments.get("alpha"), beta=moments.get("beta"), missing=tuple(missing),
     )  # fmt: skip
 
@@ -242,7 +248,7 @@ def _layer_rows(histories: Sequence[History]) -> Iterable[dict[str, Any]]:
                 values = {field: history.layers[field][layer, index] for field in LAYER_FIELDS}
                 if not np.isnan(values["flip_flop"]):
                     tokens = history.columns["tokens"][index]
-                    yield {"run": history.name, "step": step, "tokens": tokens, "layer": layer + 1, **values}
+                    yield {"run": history.name, "step": step, "tokens": tokens, "layer": layer, **values}
 
 
 def _scale_row(summary: ScaleSummary) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLES = ("-", "--", "-.", ":")
 _STEPS = (1, 2, 2.5, 5, 10)
 # Of a logarithmic axis over fewer than so many decades, the labelled multiples of each power of ten.
-_LOG_TICKS = ((1, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), (1.5, (1.0, 2.0, 5.0)), (3, (1.0, 3.0)), (np.inf, (1.0,)))
+_LOG_TICKS = ((1, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), (2, (1.0, 2.0, 5.0)), (3, (1.0, 3.0)), (np.inf, (1.0,)))
 _WIDTH = 7.5  # inches; at 160 dots each, 1200 pixels
 _STYLE: Any = {
     "font.size": 11, "axes.labelsize": 11, "legend.fontsize": 10.5, "xtick.labelsize": 10, "ytick.labelsize": 10,
@@ -131,10 +131,10 @@ def plot_layers(
             _finish_x(axes, x_label)
         for axes in grid.flat[len(runs) :]:
             axes.remove()
-        norm = BoundaryNorm(np.arange(deepest + 1) + 0.5, deepest)
+        norm = BoundaryNorm(np.arange(deepest + 1) - 0.5, deepest)
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(grid.flat[: len(runs)]), fraction=0.04, pad=0.02)
-        bar.set_label("layer (1: next to the embedding)")
-        bar.set_ticks(range(1, deepest + 1, max(1, deepest // 8)))
+        bar.set_label("layer (0: next to the embedding)")
+        bar.set_ticks(range(0, deepest, max(1, deepest // 8)))
         bar.minorticks_off()
         bar.ax.grid(False)
     return figure

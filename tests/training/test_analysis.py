@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from support.tiny_run import model_config, training_config
 
 from fbiedge import cli
@@ -79,7 +81,7 @@ def test_curves_and_layers_are_what_was_logged(analysis: tuple[Analysis, Path], 
         (name, record["step"], layer, pytest.approx(values["flip_flop"]))
         for name in ("column", "block")
         for record in metrics(runs / name)
-        for layer, values in enumerate(record["layers"], 1)
+        for layer, values in enumerate(record["layers"])
     ]
 
 
@@ -108,6 +110,7 @@ def test_findings_say_it_in_short(analysis: tuple[Analysis, Path], runs: Path) -
     evaluated = {record["eval_loss"]: record["step"] for record in logged if record["eval_loss"] is not None}
     assert (column.steps, column.planned_steps, column.tokens) == (30, 30, 30 * 4 * 32)
     assert (column.best_held_out, column.best_step) == (min(evaluated), evaluated[min(evaluated)])
+    assert column.next_token_loss == logged[-1]["one_hot_loss"] != logged[-1]["loss"]
     flips = [layer["flip_flop"] for record in logged[-FINAL:] for layer in record["layers"]]
     assert column.flip_flop == pytest.approx(np.mean(flips))
     assert column.alpha is not None and column.beta is not None and not column.missing
@@ -127,6 +130,51 @@ def test_a_run_of_an_earlier_version_has_what_it_logged(runs: Path, tmp_path: Pa
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "curves.png", "curves.csv", "alphas.png", "scales.csv", "histograms.csv",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "trained"), [("column", "distillation_loss"), ("none", "one_hot_loss")])
+def test_the_loss_of_an_earlier_version_is_known_by_what_it_trained(
+    name: str, trained: str, runs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "old"
+    shutil.copytree(runs / name, run)
+    lines = [{"step": record["step"], "loss": record["loss"]} for record in metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    analyze([run], tmp_path / "out")
+    rows, known = table(tmp_path / "out", "curves.csv"), {"step", "tokens", "loss", trained}
+    assert {field for row in rows for field, value in row.items() if value} == {"run", *known}
+    assert all(row[trained] == row["loss"] for row in rows)
+    assert [int(row["tokens"]) for row in rows] == [record["tokens"] for record in metrics(runs / name)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, -1.0, 0.0])
+def test_numbers_that_no_training_has_are_gaps_or_drawn(
+    value: float, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "column", run)
+    shutil.rmtree(run / "model")
+    broken = metrics(run)
+    for record in broken[1:]:
+        record["layers"] = [dict.fromkeys(layer, value) for layer in record["layers"]]
+        record |= {field: value for field in record if field not in ("step", "layers")}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in broken))
+    assert cli.run(["analyze", str(run), "-o", str(tmp_path / "out")]) == 0
+    assert not capsys.readouterr().err
+    first, second, *_ = table(tmp_path / "out", "curves.csv")
+    assert first["loss"] and second["loss"] == ("" if abs(value) != abs(value) or abs(value) > 1 else f"{value:.0f}")
+
+
+def test_scales_at_the_end_of_fp32_are_drawn(runs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "column", run)
+    tensors = load_file(run / "model" / "model.safetensors")
+    ends = {name: torch.full_like(tensors[name], 3e38) for name in tensors if name.endswith(("wscale", "wbias"))}
+    for values in ends.values():
+        values.flatten()[::2] *= -1
+    save_file(tensors | ends, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    [found] = analyze([run], tmp_path / "out").findings
+    assert found.alpha is not None and found.alpha[1] == pytest.approx(3e38)
 
 
 def test_a_run_under_way_is_shown_as_far_as_it_got(runs: Path, tmp_path: Path) -> None:
@@ -173,7 +221,7 @@ def line(text: str) -> Callable[[Path], object]:
         (line('{"step": "2", "loss": 1.0}'), "line 2: no record"),
         (line('{"step": 0, "loss": 1.0}'), "line 2: no record"),
         (line('{"step": 2, "loss": "low"}'), "line 2: no record"),
-        (line('{"step": 2, "loss": 1' + "0" * 400 + "}"), "line 2: no record"),
+        (line('{"step": 1' + "0" * 400 + ', "loss": 1.0}'), "line 2: no record"),
         (line('{"step": 2, "loss": 1.0, "layers": "many"}'), "line 2: no record"),
         (line('{"step": 2, "loss": 1.0, "layers": [{"flip_flop": []}]}'), "line 2: no record"),
         (line("[" * 100_000), "line 2: no record"),
@@ -195,6 +243,12 @@ def test_what_is_no_run_is_one_line_and_nothing_is_written(
 def test_other_files_and_the_same_run_twice_are_refused(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(FbiEdgeError, match="holds .*, which is no part of an analysis"):
         analyze([runs / "block"], runs)
+    (tmp_path / "mine" / "curves.png").mkdir(parents=True)
+    with pytest.raises(FbiEdgeError, match="holds curves.png, which is no part of an analysis"):
+        analyze([runs / "block"], tmp_path / "mine")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(UsageError, match="circle is no run"):
+        analyze([tmp_path / "circle"], tmp_path / "out")
     with pytest.raises(UsageError, match="is given twice"):
         analyze([runs / "block", runs / ".." / runs.name / "block"], tmp_path / "out")
 
