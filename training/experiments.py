@@ -14,7 +14,6 @@ seed, for which `column, another seed` is there.
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +35,7 @@ from .checkpoint import load_model
 from .cli import STOPPED
 from .config import TrainConfig
 from .documents import encode, ids_dtype, read_documents
+from .history import History, read_histories
 from .loss import head_losses
 from .model import Llama
 from .plan import RunPlan
@@ -160,17 +160,14 @@ def compare(losses: Mapping[str, npt.NDArray[np.float64]], tokens: int) -> list[
     return rows
 
 
-def curve(name: str, metrics: Path) -> list[Point]:
+def curve(name: str, history: History) -> list[Point]:
     """What a run logged."""
-    points = []
-    for line in metrics.read_text().splitlines():
-        record = json.loads(line)
-        layers = record["layers"]  # of one size
-        flips = None if layers is None else sum(layer["flip_flop"] for layer in layers) / len(layers)
-        points.append(
-            Point(run=name, step=record["step"], tokens=record["tokens"], held_out=record["eval_loss"], flip_flop=flips)
-        )
-    return points
+    held_out, flips = (dict(zip(*known, strict=True)) for known in (history.known("eval_loss"), history.flip_flop()))
+    steps = zip(history.columns["step"], history.columns["tokens"], strict=True)
+    return [
+        Point(run=name, step=int(step), tokens=int(tokens), held_out=held_out.get(tokens), flip_flop=flips.get(tokens))
+        for step, tokens in steps
+    ]
 
 
 def write_csv(path: Path, rows: Sequence[Row] | Sequence[Point], digits: str) -> None:
@@ -185,19 +182,14 @@ def write_csv(path: Path, rows: Sequence[Row] | Sequence[Point], digits: str) ->
         table.writerows(records)
 
 
-def series(points: Sequence[Point], run: str, field: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
-    """Tokens and values of the points of a run that have a value."""
-    known = [(p.tokens, getattr(p, field)) for p in points if p.run == run and getattr(p, field) is not None]
-    return [tokens for tokens, _ in known], [factor * value for _, value in known]
-
-
-def draw(out: Path, points: Sequence[Point]) -> None:
+def draw(out: Path, histories: Mapping[str, History]) -> None:
     """For each question the held-out loss of its runs over the tokens they saw, and how many signs still change."""
     for key, question in QUESTIONS.items():
-        losses = {name: series(points, name, "held_out") for name in question.runs}
+        runs = {name: histories[name] for name in question.runs}
+        losses = {name: history.known("eval_loss") for name, history in runs.items()}
         panels = [Panel(y_label="held-out loss (nats/token)", series=losses, dots=True, height=3.4)]
-        flips = {name: series(points, name, "flip_flop", 100) for name in question.runs}
-        binary = {name: line for name, line in flips.items() if line[0]}
+        flips = {name: history.flip_flop() for name, history in runs.items()}
+        binary = {name: (tokens, 100 * shares) for name, (tokens, shares) in flips.items() if len(tokens)}
         if len(binary) > 1:
             panels.append(Panel(y_label="signs changed in a step (%)", series=binary, log_y=True, height=2.4))
         save(plot_panels(panels), out / f"{key}.png")
@@ -241,7 +233,7 @@ def main(
     ] = None,
 ) -> None:
     """Train all runs, compare them on held-out text, and write tables and figures."""
-    console = Console()
+    console = Console(markup=False)
     default_model.check_corpora(data)
     default_model.run_stage("teacher", default_model.stages(recipe)["teacher"], data, recipe, console)
     teacher = recipe / "teacher" / "model"
@@ -255,10 +247,12 @@ def main(
         losses = held_out(wanted, recipe, teacher, out)
         rows = compare(losses, TRAINING.steps * TRAINING.batch_size * TRAINING.sequence_length)
         results.mkdir(parents=True, exist_ok=True)
-        points = [point for name in wanted for point in curve(name, folder(out, name) / "metrics.jsonl")]
+        histories = dict(zip(wanted, read_histories([folder(out, name) for name in wanted]), strict=True))
         write_csv(results / "held_out.csv", rows, ".4f")
-        write_csv(results / "curves.csv", points, ".6g")
-        draw(results, points)
+        write_csv(
+            results / "curves.csv", [p for name, history in histories.items() for p in curve(name, history)], ".6g"
+        )
+        draw(results, histories)
         for row in rows:
             console.print(
                 f"{row.question:4} {row.run:32} {row.held_out:.4f}  {row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
