@@ -156,7 +156,7 @@ def train(
 ) -> None:
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
     teacher (--scaling-pattern none). What no option says is the preset's, else for 1000 short steps on one machine."""
-    console = Console(quiet=not is_first())
+    console = Console(quiet=not is_first(), markup=False)
     with agreed(hours=True):
         if resume:
             if others := _given(context) - {"--out", "--resume", "--tensorboard", "--wandb", "--peak-tflops"}:

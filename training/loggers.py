@@ -23,7 +23,6 @@ from typing import Any
 
 from fbiedge.cli_support import extra
 from fbiedge.errors import OutputError, UsageError
-from fbiedge.files import atomic_file
 
 from .plan import RunPlan
 from .trainer import StepReport
@@ -169,17 +168,21 @@ class _AtOnce(io.FileIO):
 
 
 def forget_from(path: Path, step: int) -> None:
-    """Drop what an interrupted run logged at `step` and after it, its torn last line included: it will be logged again."""
-    kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            earlier = json.loads(line)["step"] < step
-        except (ValueError, TypeError, KeyError):
-            break
-        if earlier:
-            kept.append(line + "\n")
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept))
+    """Cut off what an interrupted run logged at `step` and after it, a torn last line included: it will be logged again.
+
+    In place and a line at a time: the log of a long run is large, and a full disk must not keep it from going on.
+    """
+    kept = 0
+    with path.open("ab+") as file:
+        file.seek(0)
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                    break
+            except (ValueError, TypeError, KeyError, RecursionError):
+                break
+            kept += len(line)
+        file.truncate(kept)
 
 
 def _start_wandb(run: Path, plan: RunPlan) -> Any:

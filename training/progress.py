@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,8 @@ from types import FrameType
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from fbiedge.evaluation import perplexity_of
 
 from .loggers import open_log
 from .model import Llama
@@ -29,16 +30,18 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
     """
     if not is_first():
         console = Console(quiet=True)
+    say = partial(
+        console.print, soft_wrap=True, markup=False
+    )  # a line stays one in a log, and [brackets] in names stay
     total = RunPlan.load(run).training.steps
     log, report = None, None
     with ExitStack() as stack:
         with agreed():
             if is_first() and not (resume and _steps_done(run) >= total):
-                warn = partial(console.print, "warning:", soft_wrap=True, markup=False)
-                log = stack.enter_context(open_log(run, RunPlan.load(run), warn))
+                log = stack.enter_context(open_log(run, RunPlan.load(run), partial(say, "warning:")))
         stop = stack.enter_context(stop_requests())
         progress = stack.enter_context(TrainingProgress(console, total))
-        reports = execute_run(run, resume, lambda model, plan: _announce(model, plan, console), stop, log_every)
+        reports = execute_run(run, resume, lambda model, plan: say(_headline(model, plan)), stop, log_every)
         for number, report in enumerate(reports):
             if number == 0:
                 with agreed():  # what fails in the first process, which writes, is said by it and ends all
@@ -46,13 +49,13 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
                         log.begin(report.step)
             progress.show(report)
             if report.eval_loss is not None:
-                console.print(_evaluation_line(report))
+                say(_evaluation_line(report))
             if report.step % log_every == 0 or report.eval_loss is not None:
                 with agreed():
                     if log is not None:
                         log.write(report)
     if report is not None and report.step < total:
-        console.print(f"stopped after step {report.step} of {total}, all saved; go on with --resume")
+        say(f"stopped after step {report.step} of {total}, all saved; go on with --resume")
     return report
 
 
@@ -109,7 +112,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _announce(model: Llama, plan: RunPlan, console: Console) -> None:
+def _headline(model: Llama, plan: RunPlan) -> str:
     count = sum(p.numel() for p in model.parameters())
     goal = "next-token loss"
     if plan.teacher:
@@ -118,7 +121,7 @@ def _announce(model: Llama, plan: RunPlan, console: Console) -> None:
         goal += " (not distilled: no --teacher)"
     if plan.init:
         goal += f", starting from {plan.init}"
-    console.print(
+    return (
         f"{count / 1e6:.1f}M parameters, scaling {plan.scaling}, {goal}; "
         f"{plan.training.steps} steps of {plan.training.batch_size} x {plan.training.sequence_length} tokens"
     )
@@ -129,7 +132,7 @@ def _evaluation_line(report: StepReport) -> str:
     flipped = "" if report.flip_flop is None else f", {_percent(report.flip_flop)} of signs flipped"
     return (
         f"step {report.step}: loss {report.loss:.3f}, held-out {report.eval_loss:.3f} nats/token "
-        f"(perplexity {math.exp(report.eval_loss):.2f}){flipped}, {report.tokens / 1e6:.2f}M tokens"
+        f"(perplexity {perplexity_of(report.eval_loss):.2f}){flipped}, {report.tokens / 1e6:.2f}M tokens"
     )
 
 

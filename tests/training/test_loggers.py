@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +20,9 @@ from support.tiny_run import model_config, training_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fbiedge.errors import OutputError, UsageError
-from fbiedge.training import cli
+from fbiedge.training import cli, progress
 from fbiedge.training.flops import step_flops
-from fbiedge.training.loggers import EventFile, open_log, scalars
+from fbiedge.training.loggers import EventFile, forget_from, open_log, scalars
 from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
@@ -235,6 +238,29 @@ def test_event_files_are_read_in_the_order_they_were_written(tmp_path: Path) -> 
     assert logged(tmp_path)["loss"] == [*((part, float(part)) for part in range(12)), (12, -1.0)]
 
 
+def test_an_event_file_that_a_kill_cut_short_is_read_and_gone_on_from(tmp_path: Path) -> None:
+    for part, torn in ((1, 7), (4, 0)):
+        file = EventFile(tmp_path / "tensorboard", part)
+        for step in range(part, part + 4):
+            file.write(step, {"loss": float(step)})
+        file.close()
+        path = max((tmp_path / "tensorboard").iterdir())
+        os.truncate(path, path.stat().st_size - torn)
+    assert logged(tmp_path)["loss"] == [(step, float(step)) for step in range(1, 8)]
+
+
+@pytest.mark.parametrize("end", [b'{"step": 3, "lo', b'{"step": 3}', b"\0" * 4096, b"\xff\n", b"[3]\n", b""])
+def test_metrics_lose_a_torn_line_and_what_will_be_logged_again(end: bytes, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
+    forget_from(metrics, 4)
+    assert metrics.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    forget_from(metrics, 2)
+    assert metrics.read_bytes() == b'{"step": 1}\n'
+    forget_from(tmp_path / "none yet", 1)
+    assert (tmp_path / "none yet").read_bytes() == b""
+
+
 def test_what_matters_is_shown_while_it_trains(text: Path, tmp_path: Path) -> None:
     run, printed = tmp_path / "run", io.StringIO()
     prepared(run, text, peak_tflops=1.0)
@@ -245,3 +271,19 @@ def test_what_matters_is_shown_while_it_trains(text: Path, tmp_path: Path) -> No
     for part in ("loss ", "held-out ", "MFU ", "signs flipped "):
         assert part in last
     assert "% of signs flipped" in printed.getvalue()
+
+
+def test_lines_are_whole_whatever_names_and_losses_say(
+    text: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, named, printed = tmp_path / "run", tmp_path / "[bold]a teacher" / "[" / "x]", io.StringIO()
+    shutil.copytree(teacher, named)
+    training = training_config(steps=2, eval_every=2)
+    prepare_run(run, RunPlan(model=model_config("column"), training=training, teacher=str(named)), [text], [])
+    monkeypatch.setattr(
+        progress, "execute_run", lambda *given: (replace(report, eval_loss=800.0) for report in execute_run(*given))
+    )
+    run_with_progress(run, resume=False, console=Console(file=printed, width=40))
+    lines = printed.getvalue().splitlines()
+    assert any(f"distilled from {named}; 2 steps of 4 x 32 tokens" in line for line in lines)
+    assert any("held-out 800.000 nats/token (perplexity inf)" in line for line in lines)
