@@ -70,7 +70,10 @@ class BinaryLinear(nn.Module):
         """W_eff [N, K]."""
         sign: Tensor = SignSTE.apply(self.weight)  # type: ignore[no-untyped-call]
         if self.pattern == "block":
-            return sign * self.wscale.repeat_interleave(BLOCK_SIZE, dim=1)[:, : sign.shape[1]]
+            # The weights are padded: scales repeated and cut, compiled by PyTorch 2.13 for a CPU, are read past their end.
+            n, k = sign.shape
+            blocks = F.pad(sign, (0, -k % BLOCK_SIZE)).view(n, -1, BLOCK_SIZE)
+            return (blocks * self.wscale[:, :, None]).view(n, -1)[:, :k]
         return self.scales() * sign + self.wbias
 
     def forward(self, x: Tensor) -> Tensor:
