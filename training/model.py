@@ -70,10 +70,14 @@ class BinaryLinear(nn.Module):
         """W_eff [N, K]."""
         sign: Tensor = SignSTE.apply(self.weight)  # type: ignore[no-untyped-call]
         if self.pattern == "block":
-            # The weights are padded: scales repeated and cut, compiled by PyTorch 2.13 for a CPU, are read past their end.
+            # Whole blocks and the rest apart: repeated scales that are cut, or padded weights, compiled by PyTorch 2.13
+            # for a CPU, are read past their end.
             n, k = sign.shape
-            blocks = F.pad(sign, (0, -k % BLOCK_SIZE)).view(n, -1, BLOCK_SIZE)
-            return (blocks * self.wscale[:, :, None]).view(n, -1)[:, :k]
+            whole = k - k % BLOCK_SIZE
+            blocks = (sign[:, :whole].reshape(n, -1, BLOCK_SIZE) * self.wscale[:, : whole // BLOCK_SIZE, None]).view(
+                n, -1
+            )
+            return blocks if whole == k else torch.cat((blocks, sign[:, whole:] * self.wscale[:, -1:]), dim=1)
         return self.scales() * sign + self.wbias
 
     def forward(self, x: Tensor) -> Tensor:

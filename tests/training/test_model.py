@@ -48,6 +48,24 @@ def test_effective_weight_is_scale_times_sign_plus_offset(pattern: str, n: int, 
     assert torch.equal(layer.effective_weight(), expected)
 
 
+@pytest.mark.parametrize("pattern", ["column", "block"])
+def test_compiled_the_effective_weight_and_its_gradients_are_the_same(pattern: str) -> None:
+    n, k = 16, 704  # no whole number of blocks
+    layer = BinaryLinear(k, n, pattern, (1, k) if pattern == "column" else (n, -(-k // BLOCK_SIZE)))
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    upstream = torch.randn(n, k)
+    results = []
+    for effective_weight in (layer.effective_weight, torch.compile(layer.effective_weight)):
+        layer.zero_grad()
+        weight = effective_weight()
+        weight.backward(upstream)
+        results.append([weight.detach(), *(parameter.grad.clone() for parameter in layer.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
 def test_scales_start_at_the_published_mean_and_mean_deviation() -> None:
     layer = BinaryLinear(8, 5, "column", (1, 8))
     torch.nn.init.normal_(layer.weight, mean=0.3)
