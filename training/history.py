@@ -84,6 +84,8 @@ def _read(run: Path, name: str) -> History:
         raise UsageError(f"{run} has logged no step yet; its first comes with step 10, or the first evaluation")
     ordered = [records[step] for step in sorted(records)]
     columns = dict(zip(FIELDS, np.array([numbers for numbers, _ in ordered]).T, strict=True))
+    if np.isnan(columns["loss"]).all():
+        raise UsageError(f"{run / 'metrics.jsonl'} holds no loss that is a number")
     _fill_in(columns, plan)
     deepest = max(len(layers) for _, layers in ordered)
     padded = np.full((len(ordered), deepest, len(LAYER_FIELDS)), math.nan)
@@ -100,7 +102,7 @@ def _fill_in(columns: dict[str, Column], plan: RunPlan) -> None:
         columns[field] = np.where(np.isnan(columns[field]), values, columns[field])
 
     fill("tokens", columns["step"] * plan.training.batch_size * plan.training.sequence_length)
-    if plan.teacher is None:
+    if plan.teacher is None or plan.training.one_hot_share == 1:
         fill("one_hot_loss", columns["loss"])
     elif plan.training.one_hot_share == 0:
         fill("distillation_loss", columns["loss"])

@@ -215,6 +215,7 @@ def line(text: str) -> Callable[[Path], object]:
         (lambda run: (run / "metrics.jsonl").unlink(), "has logged no step yet"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "has logged no step yet"),
         (lambda run: (run / "metrics.jsonl").write_text("%PDF"), "holds no record of a training step"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n'), "holds no loss that is a number"),
         (line("%PDF"), "metrics.jsonl, line 2: no record of a training step: %PDF"),
         (line("[1, 2]"), "line 2: no record"),
         (line('{"step": 2}'), "line 2: no record"),
