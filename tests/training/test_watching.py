@@ -45,7 +45,7 @@ def binary_linears(model: Llama) -> list[list[BinaryLinear]]:
 def test_layers_are_what_checkpoints_before_and_after_the_step_say(
     pattern: str, shared: bool, text: Path, tmp_path: Path
 ) -> None:
-    run = prepared(tmp_path / "run", text, pattern, shared)
+    run = prepared(tmp_path / "run", text, pattern, shared, micro_batch_size=2)
     models = []
     for report in execute_run(run, log_every=2):
         models.append(binary_linears(load_model(run / "model")))
