@@ -62,8 +62,8 @@ def test_held_out_stories_are_predicted_alike(folder: Path, shared_data: Path) -
 
 
 def test_an_unseen_story_is_predicted_alike(folder: Path) -> None:
-    """In short, where the held-out stories are not at hand: of 110 tokens, two may differ."""
-    found = compare(folder, UNSEEN_STORY, Bounds(max_kl=1e-3, min_agreement=0.98))
+    """In short, where the held-out stories are not at hand: of 83 tokens, two may be near ties that differ."""
+    found = compare(folder, UNSEEN_STORY, Bounds(max_kl=1e-3, min_agreement=0.97))
     assert not found.beyond, found.lines()
 
 

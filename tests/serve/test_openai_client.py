@@ -13,7 +13,7 @@ from support.server import RunningServer
 from .conftest import client_of, generated_alone
 
 QUESTION = [{"role": "user", "content": "What do you like to do for fun?"}]
-ANSWER = "I like to play video games, watch movies, and play video games."  # greedy, as in the README
+ANSWER = "I like to play video games, watch movies, and go to the movies."  # greedy, as in the README
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -55,7 +55,7 @@ def test_a_streamed_chat_is_the_same(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == ANSWER
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert chunks[-1].choices == [] and chunks[-1].usage and chunks[-1].usage.completion_tokens == 15
+    assert chunks[-1].choices == [] and chunks[-1].usage and chunks[-1].usage.completion_tokens == 16
     assert chunks[-1].usage.prompt_tokens_details
     assert len(chunks) > 10, "text comes as it is generated"
 
