@@ -64,19 +64,15 @@ export async function* generate(session, tokenizer, promptIds, options, ends, ke
     generatedIds.push(id);
     tokens.push(id);
     yield { type: "piece", text: detokenizer.push(id) };
-    if (generatedIds.length === options.maxTokens) {
-      finishReason = "length";
+    // A model that never ends its text must end somewhere: where its answer alone fills the context.
+    if (generatedIds.length === (options.maxTokens || capacity)) {
+      finishReason = options.maxTokens ? "length" : "context";
       break;
     }
     if (session.position < capacity) {
       logits = await session.forward([id]);
       decodeSteps += 1;
       continue;
-    }
-    // A model that never ends its text must end somewhere: here when nothing of the prompt is left.
-    if (options.maxTokens === 0 && generatedIds.length >= capacity) {
-      finishReason = "context";
-      break;
     }
     const kept = Math.min(keep, Math.floor(capacity / 2));
     tokens = [...tokens.slice(0, kept), ...tokens.slice(-Math.floor((capacity - kept + 1) / 2))];
