@@ -278,9 +278,18 @@ def test_the_command_and_what_it_wrote_again(tmp_path: Path, capsys: pytest.Capt
     assert "--genai is for --to onnx, and this goes to gguf" in capsys.readouterr().err
 
 
-def test_the_instructions(tmp_path: Path) -> None:
-    """The bundled model by exporters/onnx/README.md's own lines: the text that our runtime writes, with and without our
-    library."""
+def test_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model by exporters/onnx/README.md's own lines: the text that our runtime writes with the same file,
+    without our library, whose stock operators round elsewhere, and with it."""
+
+    def ours() -> str:
+        session = Session.open(tmp_path / "folder" / "model.onnx")
+        tokenizer = Tokenizer.from_model(session.model)
+        ids = tokenizer.encode("One day")
+        while len(ids) < 60:
+            ids.append(int(session.forward(ids[session.position :]).argmax()))
+        return tokenizer.decode(ids)
+
     readme = (Path(__file__).parents[2] / "exporters/onnx/README.md").read_text(encoding="utf-8")
     section = readme.partition("## onnxruntime-genai")[2]
     command, plain, copy, overlay = [
@@ -301,12 +310,9 @@ def test_the_instructions(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout.removesuffix("\n"))
-    session = Session.open(MODEL)
-    tokenizer = Tokenizer.from_model(session.model)
-    ids = tokenizer.encode("One day")
-    while len(ids) < 60:
-        ids.append(int(session.forward(ids[session.position :]).argmax()))
-    assert texts == [tokenizer.decode(ids)] * 2
+    with_library = ours()
+    monkeypatch.setenv("FBIEDGE_OPS_LIBRARY", "/nonexistent")
+    assert texts == [ours(), with_library]
 
 
 def test_what_can_not_be_had(tmp_path: Path) -> None:

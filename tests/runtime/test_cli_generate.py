@@ -14,7 +14,8 @@ from support.bundled import MODEL
 from .conftest import Run, one_error_line
 
 GREEDY = ["--temperature", 0]
-SCHEMA = '{"type":"object","properties":{"age":{"type":"integer"}},"required":["age"],"additionalProperties":false}'
+AGE = '{"type":"integer","minimum":0,"maximum":120}'  # without bounds a number may fill all tokens that there are
+SCHEMA = f'{{"type":"object","properties":{{"age":{AGE}}},"required":["age"],"additionalProperties":false}}'
 
 
 def test_a_prompt_from_a_file(fbiedge: Run, tmp_path: Path) -> None:
