@@ -155,5 +155,5 @@ def test_the_loss_watched_in_training_is_that_of_the_exported_head(precision: st
         got, rounded_never = (
             head_losses(features, head, targets, chunk=64).one_hot.item() for head in (exported, latent)
         )
-    assert got == pytest.approx(last.eval_loss, rel=1e-5)
-    assert got != pytest.approx(rounded_never, rel=1e-5)
+    assert last.eval_loss is not None and got == pytest.approx(last.eval_loss, rel=1e-5)
+    assert 4 * abs(got - last.eval_loss) < abs(rounded_never - last.eval_loss)  # 8 bits change little, but that is seen
