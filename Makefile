@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -prune -o -type f -print)
 DATA ?= ../shared/data
 RUNS ?= runs/default
-MODEL ?= $(RUNS)/final/model
+MODEL ?= $(RUNS)/student-3/model
 ONNX ?= fbiedge/models/default.onnx
 TEXT ?= $(RUNS)/text/held_out_stories.txt
 
@@ -89,7 +89,7 @@ format: $(VENV)/dev.stamp  ## rewrite in the project's format
 
 model: $(VENV)/dev.stamp  ## train the bundled model again from DATA (hours on two cores)
 	$(BIN)/python -m fbiedge.training.default_model --data $(DATA) --out $(RUNS)
-	$(BIN)/fbiedge export $(RUNS)/final/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
+	$(BIN)/fbiedge export $(RUNS)/student-3/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-peers-avx2 build

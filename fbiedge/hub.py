@@ -22,7 +22,7 @@ def open_datasets() -> Any:
     """The library `datasets`, which keeps to its cache where the hub can't be reached. Raises UsageError."""
     offline_if_unreachable()
     with extra("eval"):
-        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import datasets
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):  # what they retry or take from the cache is no news to a user
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,13 +1,13 @@
 """The recipe of the bundled model: texts -> full-precision teacher -> binary student -> shared scales, in one command.
 
-    python -m fbiedge.training.default_model --data DATA -o RUNS [--student-steps N] [--final-steps N] ...
+    python -m fbiedge.training.default_model --data DATA -o RUNS [--steps 1500,3600,...]
 
 DATA holds the corpora of the model card (TinyStories, Synthetic-Persona-Chat, African Storybook) in the folders named
 below. Stories come in two forms: half as plain text, half as the answer to a request that names something in
 the story, so that a chat can ask for one. Dialogues become chats of user and assistant. The student learns with the
 published `column` scales; a fine-tune then lets q, k, v and gate, up share theirs, so that GGUF holds the model exactly.
-What bounds that student is its teacher, so the teacher then learns on, and the student from it. Interrupted, the same
-command goes on where it stopped.
+What bounds that student is its teacher, so the teacher then learns on, and the student from it, and both once more.
+Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import lzma
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,12 @@ TITLED_STORIES = "corpora/stories/african_storybook_en_ccby.txt.xz"
 DIALOGUES = ("chat/synthetic_persona_chat/valid.csv.xz", "chat/synthetic_persona_chat/test.csv.xz")
 HELD_OUT_STORIES = "corpora/tinystories/valid_sample_794k.txt.xz"  # 0.3 % of the training stories recur in it
 HELD_OUT_DIALOGUES = 60  # the last ones
+PLACEHOLDER = re.compile(r"\[(?:user ?([12])(?:'s)?(?: name)?|username|(?:your |their |my )?name)\]", re.IGNORECASE)
+NAMES = (
+    "Alice Amy Anna Ben Bob Carla Chris Claire Dan David Emily Emma Eric Eva Frank Grace Hannah Henry Jack James Jane "
+    "Jenny John Julia Kate Kevin Laura Leo Lisa Lucy Maria Mark Mary Mia Mike Nick Nina Oliver Paul Peter Rachel Sam "
+    "Sarah Steve Susan Tim Tom"
+).split()
 SEED = 11111
 
 MODEL = preset("small")
@@ -63,7 +70,12 @@ FINE_TUNE = replace(
     TRAINING, learning_rate=1e-3, min_learning_rate_ratio=0.02, warmup_steps=20, seed=SEED + 2, checkpoint_every=50,
     eval_every=100,
 )  # fmt: skip
-LONGER = replace(FINE_TUNE, warmup_steps=50)  # once more: the teacher with a peak of 1.5e-3, the student of 1e-3
+LONGER = replace(FINE_TUNE, warmup_steps=50)  # twice more: the teacher with a peak of 1.5e-3, the student of 1e-3
+STEPS = {
+    "teacher": 1500, "student": 3600, "shared": 1000, "teacher-2": 800, "student-2": 1000, "teacher-3": 3000,
+    "student-3": 2400,
+}  # fmt: skip
+LENGTHS = ",".join(map(str, STEPS.values()))
 
 # Things a child's story may be about; the first that a story names becomes the subject of the request for it.
 SUBJECTS = frozenset(
@@ -103,17 +115,29 @@ def request_for(story: str, rng: random.Random) -> str:
 
 def dialogue_documents(root: Path) -> list[str]:
     """Chats from the persona dialogues: user 1 becomes the user, user 2 the assistant."""
-    documents = []
+    documents, rng = [], random.Random(SEED)
     for path in DIALOGUES:
         with lzma.open(root / path, "rt", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 turns = re.findall(r"^User ([12]): (.+)$", row["Best Generated Conversation"], re.MULTILINE)
                 speakers = [speaker for speaker, _ in turns]
                 if len(turns) >= 4 and all(s == "12"[i % 2] for i, s in enumerate(speakers)):
+                    named = with_names(turns, rng)
                     documents.append(
-                        "".join(f"{USER if s == '1' else ASSISTANT}{tidy(text)}{END}" for s, text in turns)
+                        "".join(f"{USER if s == '1' else ASSISTANT}{tidy(text)}{END}" for s, text in named)
                     )
     return documents
+
+
+def with_names(turns: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    """The turns (speaker "1" or "2", text) with names for both where the corpus has placeholders: "I'm [name]"."""
+    names = dict(zip("12", rng.sample(NAMES, 2), strict=True))
+
+    def name(speaker: str, match: re.Match[str]) -> str:
+        own = re.search(r"\b(I'm|I am|name is|name's|call me|This is) $", match.string[: match.start()], re.IGNORECASE)
+        return names[match[1] or (speaker if own else "12"[speaker == "1"])]
+
+    return [(speaker, PLACEHOLDER.sub(partial(name, speaker), text)) for speaker, text in turns]
 
 
 def tidy(text: str) -> str:
@@ -126,7 +150,9 @@ def tidy(text: str) -> str:
 def write_texts(root: Path, out: Path) -> tuple[Path, Path, Path]:
     """Write the shuffled training text and the held-out stories and dialogues as three files below `out`."""
     dialogues = dialogue_documents(root)
-    training = [*story_documents(root), *dialogues[:-HELD_OUT_DIALOGUES]]
+    # "I live in [city]": other placeholders are few, and no text to learn from.
+    chats = [dialogue for dialogue in dialogues[:-HELD_OUT_DIALOGUES] if "[" not in dialogue]
+    training = [*story_documents(root), *chats]
     random.Random(SEED).shuffle(training)
     # This corpus separates its stories by blank lines only; most begin alike.
     with lzma.open(root / HELD_OUT_STORIES, "rt", encoding="utf-8") as file:
@@ -145,50 +171,54 @@ def _documents(path: Path) -> Iterator[str]:
                 yield document.strip()
 
 
-def stages(
-    out: Path,
-    *,
-    teacher: int = 1500,
-    student: int = 3600,
-    shared: int = 1000,
-    longer_teacher: int = 800,
-    final: int = 1000,
-) -> dict[str, RunPlan]:
+def stages(out: Path, steps: Mapping[str, int] = STEPS) -> dict[str, RunPlan]:
     """The runs below `out`, in their order, each of so many steps; a later one starts from earlier ones' models."""
 
     def model(name: str) -> str:
         return str((out / name / "model").resolve())
 
     dense = replace(MODEL, scaling_pattern="none")
-    return {
-        "teacher": RunPlan(model=dense, training=replace(TRAINING, steps=teacher), teacher=None),
-        "student": RunPlan(
-            model=MODEL, training=replace(TRAINING, steps=student, seed=SEED + 1), teacher=model("teacher")
-        ),
+    plans = {
+        "teacher": RunPlan(model=dense, training=TRAINING, teacher=None),
+        "student": RunPlan(model=MODEL, training=replace(TRAINING, seed=SEED + 1), teacher=model("teacher")),
         "shared": RunPlan(
-            model=MODEL, training=replace(FINE_TUNE, steps=shared), teacher=model("teacher"), init=model("student"),
+            model=MODEL, training=FINE_TUNE, teacher=model("teacher"), init=model("student"), shared_scales=True
+        ),
+    }
+    teacher, student = "teacher", "shared"
+    for edition, (teacher_seed, student_seed) in {2: (SEED + 3, SEED + 7), 3: (SEED + 9, SEED + 11)}.items():
+        longer_teacher, longer_student = f"teacher-{edition}", f"student-{edition}"
+        plans[longer_teacher] = RunPlan(
+            model=dense, training=replace(LONGER, learning_rate=1.5e-3, seed=teacher_seed), teacher=None,
+            init=model(teacher),
+        )  # fmt: skip
+        plans[longer_student] = RunPlan(
+            model=MODEL, training=replace(LONGER, seed=student_seed), teacher=model(longer_teacher), init=model(student),
             shared_scales=True,
-        ),
-        "longer-teacher": RunPlan(
-            model=dense, training=replace(LONGER, steps=longer_teacher, learning_rate=1.5e-3, seed=SEED + 3), teacher=None,
-            init=model("teacher"),
-        ),
-        "final": RunPlan(
-            model=MODEL, training=replace(LONGER, steps=final, seed=SEED + 7), teacher=model("longer-teacher"),
-            init=model("shared"), shared_scales=True,
-        ),
-    }  # fmt: skip
+        )  # fmt: skip
+        teacher, student = longer_teacher, longer_student
+    return {name: replace(plan, training=replace(plan.training, steps=steps[name])) for name, plan in plans.items()}
 
 
 def run_stage(name: str, plan: RunPlan, data: Path, out: Path, console: Console) -> None:
     """Run one of `stages`, or what is left of it. Raises UsageError, and typer.Exit where Ctrl-C stopped it."""
-    console.rule(name)
-    if not (begun := (out / name / "run.json").exists()):
+
+    def prepare(run: Path) -> None:
         if not (out / "text" / "train.txt").exists():
             write_texts(data, out / "text")
-        prepare_stage(out / name, plan, out / "text")
-    done = run_with_progress(out / name, begun, console)
-    if done is not None and done.step < RunPlan.load(out / name).training.steps:
+        prepare_stage(run, plan, out / "text")
+
+    train_or_resume(name, out / name, prepare, console)
+
+
+def train_or_resume(name: str, run: Path, prepare: Callable[[Path], object], console: Console) -> None:
+    """Train `run`, which `prepare` makes where it isn't there, or what is left of it. Raises typer.Exit where Ctrl-C
+    stopped it."""
+    console.rule(name)
+    if not (begun := (run / "run.json").exists()):
+        prepare(run)
+    done = run_with_progress(run, begun, console)
+    if done is not None and done.step < RunPlan.load(run).training.steps:
         raise typer.Exit(STOPPED)
 
 
@@ -202,19 +232,15 @@ def check_corpora(data: Path) -> None:
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs.")],
-    teacher_steps: Annotated[int, typer.Option(help="Optimizer steps of the teacher.")] = 1500,
-    student_steps: Annotated[int, typer.Option(help="Optimizer steps of the student.")] = 3600,
-    shared_steps: Annotated[int, typer.Option(help="Optimizer steps of the fine-tune into shared scales.")] = 1000,
-    longer_teacher_steps: Annotated[int, typer.Option(help="Optimizer steps that the teacher learns on for.")] = 800,
-    final_steps: Annotated[int, typer.Option(help="Optimizer steps of the student with that teacher.")] = 1000,
+    steps: Annotated[str, typer.Option(help=f"Optimizer steps of each stage: {', '.join(STEPS)}.")] = LENGTHS,
 ) -> None:
     """Train the teacher and the student of the bundled model, let the student share its scales, and train both longer."""
     console = Console()
     check_corpora(data)
-    plans = stages(
-        out, teacher=teacher_steps, student=student_steps, shared=shared_steps, longer_teacher=longer_teacher_steps,
-        final=final_steps,
-    )  # fmt: skip
+    lengths = steps.split(",")
+    if len(lengths) != len(STEPS) or not all(map(str.isdecimal, lengths)):
+        raise UsageError(f"--steps is {steps!r}, expected {len(STEPS)} numbers with commas between, as in {LENGTHS}")
+    plans = stages(out, dict(zip(STEPS, map(int, lengths), strict=True)))
     for name, plan in plans.items():
         run_stage(name, plan, data, out, console)
     console.rule("held-out")
@@ -240,7 +266,7 @@ def report(out: Path, names: tuple[str, ...], console: Console) -> None:
             row = {"model": name, "text": text, **asdict(loss)}
             rows.append({**row, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte})
             console.print(
-                f"{name:8} {text:20} {loss.nats_per_token:.4f} nats/token  perplexity {loss.perplexity:.3f}  "
+                f"{name:9} {text:20} {loss.nats_per_token:.4f} nats/token  perplexity {loss.perplexity:.3f}  "
                 f"{loss.bits_per_byte:.4f} bits/byte  {loss.tokens} tokens"
             )
     (out / "report.json").write_text(json.dumps(rows, indent=1))

@@ -6,15 +6,18 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
+from fbiedge.config import ModelConfig
 from fbiedge.errors import UsageError
 
 from .documents import encode, ids_dtype, read_documents
 from .loss import head_losses
 from .model import Llama
-from .shards import open_shard, write_shard
+from .shards import Ids, open_shard, write_shard
 
 WINDOWS_AT_ONCE = 8
 
@@ -38,27 +41,38 @@ class HeldOutLoss:
         return self.nats_per_token * self.tokens / self.bytes / math.log(2)
 
 
-@torch.no_grad()
 def held_out_loss(model: Llama, text: Path, tokenizer: Tokenizer, scratch: Path) -> HeldOutLoss:
     """Loss of `model` in fp32 on the documents of `text`, in windows as long as its context.
 
     The last window, where the text ends inside it, is left out. `scratch` receives the text's token shard.
     Raises UsageError for a text shorter than one window.
     """
-    config = model.config
+    tokens = text_tokens(text, tokenizer, model.config, scratch)
+    length = model.config.max_position_embeddings
+    losses = window_losses(model, tokens)
+    if not len(losses):
+        raise UsageError(f"{text} has {len(tokens)} tokens, expected {length + 1} or more; give a longer text")
+    share = len(losses) * length / len(tokens)
+    size = sum(len(document.encode()) for document in read_documents([text]))
+    return HeldOutLoss(nats_per_token=float(losses.mean()), tokens=len(losses) * length, bytes=round(size * share))
+
+
+def text_tokens(text: Path, tokenizer: Tokenizer, config: ModelConfig, scratch: Path) -> Ids:
+    """Token ids of the documents of `text`, each between the model's first and last token; written to `scratch`."""
     bos, eos = config.bos_token_id, config.eos_token_id
     write_shard(scratch, encode(read_documents([text]), tokenizer, bos, eos), ids_dtype(tokenizer, bos, eos))
-    tokens = open_shard(scratch).tokens
-    length = config.max_position_embeddings
+    return open_shard(scratch).tokens
+
+
+@torch.no_grad()
+def window_losses(model: Llama, tokens: Ids) -> npt.NDArray[np.float64]:
+    """Mean next-token loss of each whole window of `tokens`, in nats [windows]; windows are as long as the context."""
+    length = model.config.max_position_embeddings
     windows = (len(tokens) - 1) // length
-    if not windows:
-        raise UsageError(f"{text} has {len(tokens)} tokens, expected {length + 1} or more; give a longer text")
-    total = 0.0
+    losses = []
     for first in range(0, windows, WINDOWS_AT_ONCE):
         starts = [i * length for i in range(first, min(first + WINDOWS_AT_ONCE, windows))]
         rows = torch.stack([torch.from_numpy(tokens[s : s + length + 1].astype("int64")) for s in starts])
-        losses = head_losses(model.features(rows[:, :-1]), model.lm_head.weight, rows[:, 1:], chunk=length)
-        total += losses.one_hot.item() * len(starts)
-    share = windows * length / len(tokens)
-    size = sum(len(document.encode()) for document in read_documents([text]))
-    return HeldOutLoss(nats_per_token=total / windows, tokens=windows * length, bytes=round(size * share))
+        for features, targets in zip(model.features(rows[:, :-1]), rows[:, 1:], strict=True):
+            losses.append(head_losses(features, model.lm_head.weight, targets, chunk=length).one_hot.item())
+    return np.array(losses)

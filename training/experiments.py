@@ -22,27 +22,21 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import typer
 from rich.console import Console
 
-from fbiedge.config import ModelConfig, ScalingPattern, preset
+from fbiedge.config import ScalingPattern, preset
 from fbiedge.errors import FbiEdgeError, UsageError
 from fbiedge.files import atomic_file
 
 from . import default_model
 from .checkpoint import load_model
-from .cli import STOPPED
 from .config import TrainConfig
-from .documents import encode, ids_dtype, read_documents
+from .evaluation import text_tokens, window_losses
 from .history import History, read_histories
-from .loss import head_losses
-from .model import Llama
 from .plan import RunPlan
 from .plots import Panel, plot_panels, save
 from .prepare import prepare_run
-from .progress import run_with_progress
-from .shards import open_shard, write_shard
 from .tokenizer import read_tokenizer
 
 MODEL = replace(preset("small"), num_hidden_layers=4, max_position_embeddings=256)
@@ -53,23 +47,15 @@ TRAINING = TrainConfig(
 HELD_OUT = "text/held_out_stories.txt"
 BASE = "column"  # as published: from random latents, distillation alone
 _RESAMPLES = 2000
-_WINDOWS_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
-class Question:
-    """What some runs together answer; the first one is what the others are compared with."""
-
-    title: str
-    runs: tuple[str, ...]
-
-
+# Runs that answer a question together; the first is what the others are compared with.
 QUESTIONS = {
-    "a": Question("Distillation or one-hot targets", (BASE, "one-hot targets")),
-    "b": Question("From scratch or from a pretrained model", (BASE, "pretrained start")),
-    "c": Question("Binary or full precision", (BASE, "full precision")),
-    "d": Question("Where the scales are", (BASE, "row", "block", "column-shared")),
-    "seed": Question("Another seed", (BASE, "column, another seed")),
+    "a": (BASE, "one-hot targets"),
+    "b": (BASE, "pretrained start"),
+    "c": (BASE, "full precision"),
+    "d": (BASE, "row", "block", "column-shared"),
+    "seed": (BASE, "column, another seed"),
 }
 
 
@@ -96,22 +82,6 @@ def plans(out: Path, teacher: Path) -> dict[str, RunPlan]:
 def folder(out: Path, name: str) -> Path:
     """The folder of a run."""
     return out / name.replace(",", "").replace(" ", "-")
-
-
-def window_losses(model: Llama, tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
-    """Mean next-token loss of each whole window of `tokens`, in nats [windows]; they are as long as the context."""
-    length = model.config.max_position_embeddings
-    losses = []
-    with torch.no_grad():
-        for start in range(0, (len(tokens) - 1) // length, _WINDOWS_AT_ONCE):
-            firsts = range(start, min(start + _WINDOWS_AT_ONCE, (len(tokens) - 1) // length))
-            rows = torch.stack(
-                [torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64)) for i in firsts]
-            )
-            features = model.features(rows[:, :-1])
-            for one, targets in zip(features, rows[:, 1:], strict=True):
-                losses.append(head_losses(one, model.lm_head.weight, targets, chunk=length).one_hot.item())
-    return np.array(losses)
 
 
 def difference(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> tuple[float, float, float]:
@@ -149,10 +119,9 @@ class Row:
 def compare(losses: Mapping[str, npt.NDArray[np.float64]], tokens: int) -> list[Row]:
     """The tables of all questions whose runs are there."""
     rows = []
-    for key, question in QUESTIONS.items():
-        first = question.runs[0]
-        for name in question.runs:
-            apart, low, high = difference(losses[first], losses[name])
+    for key, names in QUESTIONS.items():
+        for name in names:
+            apart, low, high = difference(losses[names[0]], losses[name])
             rows.append(
                 Row(question=key, run=name, tokens=tokens, held_out=float(losses[name].mean()), difference=apart,
                     low=low, high=high)
@@ -184,8 +153,8 @@ def write_csv(path: Path, rows: Sequence[Row] | Sequence[Point], digits: str) ->
 
 def draw(out: Path, histories: Mapping[str, History]) -> None:
     """For each question the held-out loss of its runs over the tokens they saw, and how many signs still change."""
-    for key, question in QUESTIONS.items():
-        runs = {name: histories[name] for name in question.runs}
+    for key, names in QUESTIONS.items():
+        runs = {name: histories[name] for name in names}
         losses = {name: history.known("eval_loss") for name, history in runs.items()}
         panels = [Panel(y_label="held-out loss (nats/token)", series=losses, dots=True, height=3.4)]
         flips = {name: history.flip_flop() for name, history in runs.items()}
@@ -195,29 +164,20 @@ def draw(out: Path, histories: Mapping[str, History]) -> None:
         save(plot_panels(panels), out / f"{key}.png")
 
 
-def held_out_tokens(text: Path, model: Path, config: ModelConfig, scratch: Path) -> npt.NDArray[np.integer[Any]]:
-    """Token ids of a held-out text by the tokenizer of the checkpoint `model`."""
-    tokenizer = read_tokenizer(model / "tokenizer.json")
-    bos, eos = config.bos_token_id, config.eos_token_id
-    write_shard(scratch, encode(read_documents([text]), tokenizer, bos, eos), ids_dtype(tokenizer, bos, eos))
-    return open_shard(scratch).tokens
-
-
 def execute(name: str, plan: RunPlan, recipe: Path, teacher: Path, out: Path, console: Console) -> None:
     """Train one run, or what is left of it. Raises typer.Exit where Ctrl-C stopped it."""
-    console.rule(name)
-    run, texts = folder(out, name), recipe / "text"
-    if not (begun := (run / "run.json").exists()):
+
+    def prepare(run: Path) -> None:
         tokenizer = teacher / "tokenizer.json" if plan.teacher is None else None
-        prepare_run(run, plan, [texts / "train.txt"], [recipe / HELD_OUT], tokenizer)
-    done = run_with_progress(run, begun, console)
-    if done is not None and done.step < plan.training.steps:
-        raise typer.Exit(STOPPED)
+        prepare_run(run, plan, [recipe / "text" / "train.txt"], [recipe / HELD_OUT], tokenizer)
+
+    default_model.train_or_resume(name, folder(out, name), prepare, console)
 
 
 def held_out(names: Iterable[str], recipe: Path, teacher: Path, out: Path) -> dict[str, npt.NDArray[np.float64]]:
     """The losses of each finished run, window by window."""
-    tokens = held_out_tokens(recipe / HELD_OUT, teacher, MODEL, out / "held_out.tokens")
+    tokenizer = read_tokenizer(teacher / "tokenizer.json")
+    tokens = text_tokens(recipe / HELD_OUT, tokenizer, MODEL, out / "held_out.tokens")
     return {name: window_losses(load_model(folder(out, name) / "model"), tokens) for name in names}
 
 

@@ -74,10 +74,9 @@ class BinaryLinear(nn.Module):
             # for a CPU, are read past their end.
             n, k = sign.shape
             whole = k - k % BLOCK_SIZE
-            blocks = (sign[:, :whole].reshape(n, -1, BLOCK_SIZE) * self.wscale[:, : whole // BLOCK_SIZE, None]).view(
-                n, -1
-            )
-            return blocks if whole == k else torch.cat((blocks, sign[:, whole:] * self.wscale[:, -1:]), dim=1)
+            blocks = sign[:, :whole].reshape(n, -1, BLOCK_SIZE) * self.wscale[:, : whole // BLOCK_SIZE, None]
+            dense = blocks.view(n, whole)
+            return dense if whole == k else torch.cat((dense, sign[:, whole:] * self.wscale[:, -1:]), dim=1)
         return self.scales() * sign + self.wbias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ def prepare_run(
 
     Without `held_out_data`, a part of the data is held out (corpus.py). The tokenizer is the teacher's when there is one,
     else the starting checkpoint's, else that of the token shards given as data, else the given tokenizer.json, else
-    trained on what of `data` isn't held out; all that there are must have the same vocabulary. A starting checkpoint's chat template and
-    generation settings go on where none are given. Raises UsageError for unusable data, a tokenizer that doesn't fit the
-    model's vocabulary, or a teacher or a starting checkpoint that doesn't fit.
+    trained on what of `data` isn't held out; all that there are must have the same vocabulary. A starting checkpoint's
+    chat template and generation settings go on where none are given. Raises UsageError for unusable data, a tokenizer that
+    doesn't fit the model's vocabulary, or a teacher or a starting checkpoint that doesn't fit.
     """
     check_trainable(plan.model)
     head, embedding = plan.training.head, plan.training.embedding

@@ -30,9 +30,8 @@ def run_with_progress(run: Path, resume: bool, console: Console, log_every: int 
     """
     if not is_first():
         console = Console(quiet=True)
-    say = partial(
-        console.print, soft_wrap=True, markup=False
-    )  # a line stays one in a log, and [brackets] in names stay
+    # A line stays one in a log, and [brackets] in names stay.
+    say = partial(console.print, soft_wrap=True, markup=False)
     total = RunPlan.load(run).training.steps
     log, report = None, None
     with ExitStack() as stack:

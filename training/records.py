@@ -99,7 +99,7 @@ class HuggingFaceRows:
     def read(self, corrupt: Corrupt) -> Iterator[tuple[str, Record]]:
         """See Records. Rows come as they are stored, none is corrupt in itself."""
         try:
-            import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
+            import datasets
         except ImportError as error:
             raise UsageError(
                 f"reading {self.name} needs {error.name}, which is not installed: pip install 'fbiedge[data]'"

@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped, import-not-found, unused-ignore]
-from lm_eval.api.registry import register_model  # type: ignore[import-untyped, import-not-found, unused-ignore]
-from lm_eval.utils import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import (
     get_rolling_token_windows,
     make_disjoint_window,
 )
-from tqdm import tqdm  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from tqdm import tqdm
 
 from ..engines import LogitEngine, open_logits
 from ..errors import UsageError

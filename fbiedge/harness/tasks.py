@@ -140,7 +140,7 @@ def run_tasks(
     progress: Progress = lambda done, total: None,
 ) -> HarnessReport:
     """Score `engine` on `tasks`, at most the first `limit` questions of each. Raises UsageError, ModelFileError."""
-    import lm_eval.evaluator  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    import lm_eval.evaluator
 
     from .model import FbiEdgeLM
 
@@ -200,7 +200,7 @@ def _scores(name: str, task: Any, results: dict[str, Any], samples: Sequence[dic
 
 
 def _task_manager(names: Sequence[str]) -> Any:
-    import lm_eval.tasks  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
     folders = {root / _FOLDERS[name] for name in names if name in _FOLDERS}
@@ -211,8 +211,8 @@ def _task_manager(names: Sequence[str]) -> Any:
 
 def _file_task(file: TaskFile) -> Any:
     """The harness's multiple choice over the questions of a file."""
-    import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    import lm_eval.api.task  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    import datasets
+    import lm_eval.api.task
 
     if file.varies == "contexts":  # the harness's form for WinoGrande: the "choices" are what is read first
         form = {

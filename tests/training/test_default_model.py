@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import lzma
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from fbiedge.training.checkpoint import load_model
 from fbiedge.training.run import RunPlan
 from fbiedge.weights import BinaryLinear, open_checkpoint
 
-STEPS = {"teacher_steps": 4, "student_steps": 4, "shared_steps": 3, "longer_teacher_steps": 2, "final_steps": 3}
+STEPS = "4,4,3,2,3,2,3"
 
 
 @pytest.fixture
@@ -51,17 +53,15 @@ def test_one_command_makes_teacher_student_and_the_student_with_shared_scales(
     small_recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    default_model.main(small_recipe, out, **STEPS)
+    default_model.main(small_recipe, out, STEPS)
     rows = json.loads((out / "report.json").read_text())
     assert [(row["model"], row["text"]) for row in rows] == [
-        (model, text)
-        for model in ("teacher", "student", "shared", "longer-teacher", "final")
-        for text in ("held_out_stories", "held_out_dialogues")
+        (model, text) for model in default_model.STEPS for text in ("held_out_stories", "held_out_dialogues")
     ]
-    plan, last = RunPlan.load(out / "shared"), RunPlan.load(out / "final")
+    plan, last = RunPlan.load(out / "shared"), RunPlan.load(out / "student-3")
     assert plan.scaling == last.scaling == "column-shared" and plan.init == str(out / "student" / "model")
-    assert last.init == str(out / "shared" / "model") and last.teacher == str(out / "longer-teacher" / "model")
-    weights = open_checkpoint(out / "final" / "model")
+    assert last.init == str(out / "student-2" / "model") and last.teacher == str(out / "teacher-3" / "model")
+    weights = open_checkpoint(out / "student-3" / "model")
     student = open_checkpoint(out / "student" / "model")
     assert weights.files == student.files  # tokenizer, chat template, generation settings
     assert weights.config == student.config
@@ -69,10 +69,30 @@ def test_one_command_makes_teacher_student_and_the_student_with_shared_scales(
     assert isinstance(q, BinaryLinear) and isinstance(k, BinaryLinear) and isinstance(v, BinaryLinear)
     assert np.array_equal(q.alpha, k.alpha) and np.array_equal(q.alpha, v.alpha)
 
-    before = load_model(out / "final" / "model").state_dict()
-    default_model.main(small_recipe, out, **STEPS)  # nothing is left to do
-    after = load_model(out / "final" / "model").state_dict()
+    before = load_model(out / "student-3" / "model").state_dict()
+    default_model.main(small_recipe, out, STEPS)  # nothing is left to do
+    after = load_model(out / "student-3" / "model").state_dict()
     assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_placeholders_of_dialogues_become_names() -> None:
+    turns = [
+        ("1", "Hi, I'm [name]. And you?"),
+        ("2", "I'm [user 2's name]. Hello [User 1], call me [name]."),
+        ("1", "Nice to meet you, [name]! I live in [city]."),
+    ]
+    named = default_model.with_names(turns, random.Random(0))
+    found = re.fullmatch(r"I'm (\w+)\. Hello (\w+), call me (\w+)\.", named[1][1])
+    assert found and found[1] == found[3] != found[2] and {found[1], found[2]} <= set(default_model.NAMES)
+    assert named[0] == ("1", f"Hi, I'm {found[2]}. And you?")
+    assert named[2] == ("1", f"Nice to meet you, {found[1]}! I live in [city].")
+
+
+@pytest.mark.parametrize("steps", ["", "1,2,3", "1,2,3,4,5,6,x"])
+def test_steps_of_other_than_seven_numbers_are_refused(small_recipe: Path, tmp_path: Path, steps: str) -> None:
+    with pytest.raises(UsageError, match=r"--steps is .* expected 7 numbers with commas between"):
+        default_model.main(small_recipe, tmp_path / "runs", steps)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_missing_corpora_are_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                          num_key_value_heads=1, max_position_embeddings=32)  # fmt: skip
     training = training_config(steps=4, eval_every=2, eval_sequences=2, batch_size=2, warmup_steps=1)
     monkeypatch.setattr(default_model, "MODEL", model)
-    monkeypatch.setattr(default_model, "TRAINING", replace(training, steps=2))
+    monkeypatch.setattr(default_model, "TRAINING", training)
     monkeypatch.setattr(default_model, "check_corpora", lambda data: None)
     monkeypatch.setattr(experiments, "MODEL", model)
     monkeypatch.setattr(experiments, "TRAINING", training)
@@ -37,7 +36,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_one_command_trains_compares_and_draws_all_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = default_model.stages
-    monkeypatch.setattr(default_model, "stages", lambda out: plans(out, teacher=2))
+    monkeypatch.setattr(default_model, "stages", lambda out: plans(out, dict.fromkeys(default_model.STEPS, 2)))
     recipe, out, results = small / "recipe", small / "runs", small / "results"
     with pytest.raises(UsageError, match="unknown run 'rows'; expected one of column, one-hot targets"):
         experiments.main(small, recipe, out, results, only=["rows"])
@@ -46,7 +45,7 @@ def test_one_command_trains_compares_and_draws_all_runs(small: Path, monkeypatch
     experiments.main(small, recipe, out, results)
 
     rows = list(csv.DictReader((results / "held_out.csv").open()))
-    asked = [(key, run) for key, question in experiments.QUESTIONS.items() for run in question.runs]
+    asked = [(key, run) for key, names in experiments.QUESTIONS.items() for run in names]
     assert [(row["question"], row["run"]) for row in rows] == asked
     for row in rows:
         low, middle, high = (float(row[name]) for name in ("low", "difference", "high"))

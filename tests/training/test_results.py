@@ -26,7 +26,7 @@ def test_every_row_of_the_table_stands_on_the_page(row: dict[str, str]) -> None:
 
 
 def test_page_table_and_curves_know_the_same_runs() -> None:
-    asked = [(key, run) for key, question in experiments.QUESTIONS.items() for run in question.runs]
+    asked = [(key, run) for key, names in experiments.QUESTIONS.items() for run in names]
     assert [(row["question"], row["run"]) for row in rows()] == asked
     with (TRAINING / "results" / "curves.csv").open() as file:
         points = list(csv.DictReader(file))
