@@ -66,8 +66,7 @@ def train(
     log_every: on these steps, and where it evaluates, layers are looked at. peak_tflops: of one device, for `mfu`.
 
     Writes RUN/state and RUN/model every `checkpoint_every` steps, at the end, and when `stop()` ends the run after a
-    step, once that step's report is taken. Of several processes (see parallel.py) each calls this with the same
-    arguments and gets the same reports.
+    step. Of several processes (see parallel.py) each calls this with the same arguments and gets the same reports.
     Raises DivergedError, OutputError.
     """
     here = team()
@@ -115,7 +114,12 @@ def train(
         stopping = stops > 0  # anywhere: all stop after the same step
         last = done == config.steps or stopping
         eval_loss = objective.evaluate(held_out) if evaluating else None
-        # To be logged before it is saved: a kill in between leaves a step that a resumed run repeats and logs again.
+        if last or (done % config.checkpoint_every == 0 and watch.is_calm):
+            state.save(done)
+            if last:
+                state.finish()
+            if last or not config.async_checkpoint:
+                save_model(model, run / "model", files)
         yield StepReport(
             step=done,
             loss=loss,
@@ -129,12 +133,6 @@ def train(
             mfu=None if peak is None else flops / seconds / (peak * here.size),
             layers=seen,
         )
-        if last or (done % config.checkpoint_every == 0 and watch.is_calm):
-            state.save(done)
-            if last:
-                state.finish()
-            if last or not config.async_checkpoint:
-                save_model(model, run / "model", files)
         if stopping:
             return
 
