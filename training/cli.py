@@ -26,7 +26,7 @@ from .teacher import find_teacher, fitted, teacher_facts
 
 STOPPED = 130  # the exit code of a run that Ctrl-C or SIGTERM stopped
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
@@ -39,7 +39,7 @@ def train(
         list[str] | None,
         typer.Option(
             help="Text or JSONL file, folder of Amber chunks, of such files or of token shards, Hugging Face dataset "
-            "(folder, or hf:NAME\\[@CONFIG][:SPLIT]); repeat for more."
+            "(folder, or hf:NAME[@CONFIG][:SPLIT]); repeat for more."
         ),
     ] = None,
     held_out: Annotated[
@@ -150,7 +150,7 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from OUT's last save, with OUT's own options; the three above may change."
+            "--resume", help="Go on from OUT's last save, with OUT's own options; --tensorboard, --wandb and --peak-tflops may change."
         ),
     ] = False,
 ) -> None:
@@ -238,13 +238,23 @@ def train(
     plan = RunPlan.load(out)
     if plan.shared_scales:
         console.print("scales of o_proj and down_proj are stored rounded to fp16, so that GGUF holds them exactly")
-        console.print(f"next: fbiedge export {out / 'model'} --to gguf -o model.gguf", soft_wrap=True)
+        console.print(
+            f"next: fbiedge export {out / 'model'} --to gguf{_as_trained(plan, {'int8': 'q8_0'})} -o model.gguf",
+            soft_wrap=True,
+        )
     elif plan.model.scaling_pattern == "none":
         console.print(f"next: fbiedge train --teacher {out / 'model'} --data ... -o STUDENT", soft_wrap=True)
     else:
-        held = {"head": plan.training.head, "embedding": plan.training.embedding}
-        as_trained = "".join(f" --{part} {form}" for part, form in held.items() if form != "fp32")
-        console.print(f"next: fbiedge export {out / 'model'} --to onnx{as_trained} -o model.onnx", soft_wrap=True)
+        console.print(
+            f"next: fbiedge export {out / 'model'} --to onnx{_as_trained(plan, {'int8': 'int8', 'int4': 'int4'})} -o model.onnx",
+            soft_wrap=True,
+        )
+
+
+def _as_trained(plan: RunPlan, forms: dict[str, str]) -> str:
+    """Options of an export that holds head and embedding as they were trained, by the names of its `forms`."""
+    parts = {"head": plan.training.head, "embedding": plan.training.embedding}
+    return "".join(f" --{part} {forms[form]}" for part, form in parts.items() if form in forms)
 
 
 def _watched(plan: RunPlan, tensorboard: bool | None, wandb: str | None, peak_tflops: float | None) -> RunPlan:

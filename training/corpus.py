@@ -93,7 +93,7 @@ def write_corpus(
 
 def open_part(folder: Path, part: str) -> list[Shard]:
     """The shards of one of PARTS. Raises UsageError for missing or damaged ones."""
-    single = folder / f"{part}{SUFFIX}"  # of runs begun by fbiedge 0.1
+    single = folder / f"{part}{SUFFIX}"  # of runs begun by early versions
     if single.exists():
         return [open_shard(single)]
     bare = part == "train" and not (folder / part).exists()  # shards of other makers

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 
 from fbiedge.config import preset
 from fbiedge.errors import FbiEdgeError, UsageError
+from fbiedge.files import atomic_file
 
 from .checkpoint import load_model
 from .cli import STOPPED
@@ -70,7 +71,7 @@ FINE_TUNE = replace(
     TRAINING, learning_rate=1e-3, min_learning_rate_ratio=0.02, warmup_steps=20, seed=SEED + 2, checkpoint_every=50,
     eval_every=100,
 )  # fmt: skip
-LONGER = replace(FINE_TUNE, warmup_steps=50)  # twice more: the teacher with a peak of 1.5e-3, the student of 1e-3
+LONGER = replace(FINE_TUNE, warmup_steps=50, learning_rate=1.5e-3)
 STEPS = {
     "teacher": 1500, "student": 3600, "shared": 1000, "teacher-2": 800, "student-2": 1000, "teacher-3": 3000,
     "student-3": 2400,
@@ -147,7 +148,7 @@ def tidy(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t]+", " ", text)).strip()
 
 
-def write_texts(root: Path, out: Path) -> tuple[Path, Path, Path]:
+def write_texts(root: Path, out: Path) -> None:
     """Write the shuffled training text and the held-out stories and dialogues as three files below `out`."""
     dialogues = dialogue_documents(root)
     # "I live in [city]": other placeholders are few, and no text to learn from.
@@ -157,11 +158,11 @@ def write_texts(root: Path, out: Path) -> tuple[Path, Path, Path]:
     # This corpus separates its stories by blank lines only; most begin alike.
     with lzma.open(root / HELD_OUT_STORIES, "rt", encoding="utf-8") as file:
         held_out_stories = [tidy(story) for story in re.split(r"\n\n(?=Once upon a time)", file.read())]
-    out.mkdir(parents=True, exist_ok=True)
-    files = out / "train.txt", out / "held_out_stories.txt", out / "held_out_dialogues.txt"
-    for path, documents in zip(files, (training, held_out_stories, dialogues[-HELD_OUT_DIALOGUES:]), strict=True):
-        path.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
-    return files
+    held_out_dialogues = dialogues[-HELD_OUT_DIALOGUES:]
+    texts = {"held_out_stories": held_out_stories, "held_out_dialogues": held_out_dialogues, "train": training}
+    for name, documents in texts.items():  # `train` last: where it is, the others are
+        with atomic_file(out / f"{name}.txt") as temporary:
+            temporary.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -186,15 +187,14 @@ def stages(out: Path, steps: Mapping[str, int] = STEPS) -> dict[str, RunPlan]:
         ),
     }
     teacher, student = "teacher", "shared"
-    for edition, (teacher_seed, student_seed) in {2: (SEED + 3, SEED + 7), 3: (SEED + 9, SEED + 11)}.items():
+    for edition, teacher_seed, student_seed, rate in ((2, SEED + 3, SEED + 7, 1e-3), (3, SEED + 9, SEED + 11, 1.5e-3)):
         longer_teacher, longer_student = f"teacher-{edition}", f"student-{edition}"
         plans[longer_teacher] = RunPlan(
-            model=dense, training=replace(LONGER, learning_rate=1.5e-3, seed=teacher_seed), teacher=None,
-            init=model(teacher),
-        )  # fmt: skip
+            model=dense, training=replace(LONGER, seed=teacher_seed), teacher=None, init=model(teacher)
+        )
         plans[longer_student] = RunPlan(
-            model=MODEL, training=replace(LONGER, seed=student_seed), teacher=model(longer_teacher), init=model(student),
-            shared_scales=True,
+            model=MODEL, training=replace(LONGER, learning_rate=rate, seed=student_seed), teacher=model(longer_teacher),
+            init=model(student), shared_scales=True,
         )  # fmt: skip
         teacher, student = longer_teacher, longer_student
     return {name: replace(plan, training=replace(plan.training, steps=steps[name])) for name, plan in plans.items()}
@@ -208,14 +208,20 @@ def run_stage(name: str, plan: RunPlan, data: Path, out: Path, console: Console)
             write_texts(data, out / "text")
         prepare_stage(run, plan, out / "text")
 
-    train_or_resume(name, out / name, prepare, console)
+    train_or_resume(name, out / name, plan, prepare, console)
 
 
-def train_or_resume(name: str, run: Path, prepare: Callable[[Path], object], console: Console) -> None:
-    """Train `run`, which `prepare` makes where it isn't there, or what is left of it. Raises typer.Exit where Ctrl-C
-    stopped it."""
+def train_or_resume(name: str, run: Path, plan: RunPlan, prepare: Callable[[Path], object], console: Console) -> None:
+    """Train `run`, which `prepare` makes by `plan` where it isn't there, or what is left of it.
+
+    Raises UsageError where it was begun with other hyperparameters, and typer.Exit where Ctrl-C stopped it.
+    """
     console.rule(name)
-    if not (begun := (run / "run.json").exists()):
+    if begun := (run / "run.json").exists():
+        before, now = RunPlan.load(run).training.to_dict(), plan.training.to_dict()
+        if changed := [f"{key} {before[key]}, not {now[key]}" for key in now if before[key] != now[key]]:
+            raise UsageError(f"{run} was begun with {', '.join(changed)}; choose another folder, or the same settings")
+    else:
         prepare(run)
     done = run_with_progress(run, begun, console)
     if done is not None and done.step < RunPlan.load(run).training.steps:

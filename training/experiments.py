@@ -171,7 +171,7 @@ def execute(name: str, plan: RunPlan, recipe: Path, teacher: Path, out: Path, co
         tokenizer = teacher / "tokenizer.json" if plan.teacher is None else None
         prepare_run(run, plan, [recipe / "text" / "train.txt"], [recipe / HELD_OUT], tokenizer)
 
-    default_model.train_or_resume(name, folder(out, name), prepare, console)
+    default_model.train_or_resume(name, folder(out, name), plan, prepare, console)
 
 
 def held_out(names: Iterable[str], recipe: Path, teacher: Path, out: Path) -> dict[str, npt.NDArray[np.float64]]:

@@ -43,6 +43,8 @@ def head_losses(
     Products are in the dtype of autocast where it is on; softmax, losses and their sums are fp32. The floor of
     distillation is the teacher's entropy, not zero.
     """
+    if not torch.is_grad_enabled():  # a Parameter would ask the function for its gradient all the same
+        features, head = features.detach(), head.detach()
     if teacher is not None:
         guide, guide_head = teacher
         teacher = guide.flatten(0, -2), guide_head

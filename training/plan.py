@@ -32,6 +32,7 @@ class RunPlan:
     data: tuple[str, ...] = ()  # what was read, for the record: the run reads shards
     held_out: tuple[str, ...] = ()
     shards: str | None = None  # folder of the token shards (corpus.py); None: the run's own
+    shard_tokens: tuple[int, ...] = ()  # of each of them that is trained on: others would be another order of the data
     peak_tflops: float | None = None  # of one device, for MFU; None: what flops.py knows
     tensorboard: bool = False  # log to RUN/tensorboard, too
     wandb: str | None = None  # log to this project of Weights & Biases, too,
@@ -63,6 +64,6 @@ class RunPlan:
             raw: dict[str, Any] = json.loads((run / "run.json").read_text())
             raw["model"] = ModelConfig.from_dict(raw["model"])
             raw["training"] = TrainConfig(**raw["training"])
-            return cls(**raw | {name: tuple(raw.get(name, ())) for name in ("data", "held_out")})
+            return cls(**raw | {name: tuple(raw.get(name, ())) for name in ("data", "held_out", "shard_tokens")})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{run}: no run to resume ({error}); start one without --resume") from error

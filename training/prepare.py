@@ -64,7 +64,13 @@ def prepare_run(
     sources = options.open(data, corrupt)
     apart = options.open(held_out_data, corrupt) if held_out_data else None
     if sources.shards is not None:
-        plan = replace(plan, shards=str(sources.shards.resolve()))
+        if options.most_tokens is not None:
+            raise UsageError(
+                f"data_tokens is {options.most_tokens}, but {sources.shards} holds token shards, which are read where they "
+                "are; leave it out, or give the texts"
+            )
+        lengths = tuple(len(shard.tokens) for shard in open_part(sources.shards, "train"))
+        plan = replace(plan, shards=str(sources.shards.resolve()), shard_tokens=lengths)
     plan = replace(plan, data=tuple(map(str, data)), held_out=tuple(map(str, held_out_data)))
     chosen = _choose_tokenizer(plan, tokenizer, sources, special_tokens, options, splits=apart is None)
     bos, eos = _document_ends(chosen, plan.model)
@@ -97,7 +103,7 @@ def prepare_run(
 
 def open_batches(run: Path, plan: RunPlan) -> tuple[Batches, Batches]:
     """The run's training and held-out batches. Raises UsageError where a shard is missing, damaged, of a larger
-    vocabulary, or where there is too little text."""
+    vocabulary or another than the run began with, or where there is too little text."""
     both = []
     for part, name in PARTS.items():
         folder = run
@@ -106,9 +112,16 @@ def open_batches(run: Path, plan: RunPlan) -> tuple[Batches, Batches]:
         shards = open_part(folder, part)
         if not shards and plan.shards is not None:
             raise UsageError(f"{folder} has no {part} shards; name held-out data with --held-out")
+        lengths = tuple(len(shard.tokens) for shard in shards)
+        if part == "train" and plan.shard_tokens and lengths != plan.shard_tokens:
+            raise UsageError(
+                f"{folder} holds {len(lengths)} shards of {sum(lengths)} tokens, the run began with "
+                f"{len(plan.shard_tokens)} of {sum(plan.shard_tokens)}; put those back"
+            )
         check_ids(shards, plan.model.vocab_size)
         training = plan.training
-        both.append(Batches(shards, training.batch_size, training.sequence_length, training.seed, name))
+        seed = training.seed if part == "train" else 0  # runs of other seeds look at the same held-out windows
+        both.append(Batches(shards, training.batch_size, training.sequence_length, seed, name))
     batches, held_out = both
     return batches, held_out
 

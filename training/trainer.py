@@ -100,6 +100,8 @@ def train(
         loss, one_hot, distillation, stops = here.mean(torch.cat((parts, parts.new_tensor([stop()]))))
         if problem := watch.see(done, loss, norm):
             state.finish()
+            if config.async_checkpoint and state.load():  # states alone were saved: give the last one its model
+                save_model(model, run / "model", files)
             raise spoken_by_first(problem)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)

@@ -306,3 +306,15 @@ def test_skipped_lines_are_counted_in_the_run(teacher: Path, tmp_path: Path) -> 
     skipped = json.loads((tmp_path / "run" / "data.json").read_text())["skipped_lines"]
     assert skipped == {str(folder / "train_000.jsonl"): 1}
     assert shards.open_shards(tmp_path / "run" / "train")
+
+
+def test_shards_in_place_are_those_the_run_began_with(teacher: Path, tmp_path: Path) -> None:
+    plan = RunPlan(model=model_config("column"), training=training_config(steps=2), teacher=str(teacher))
+    folder, held_out = tmp_path / "shards", amber(tmp_path / "amber", 1)
+    random_shards(folder, [90, 80, 70])  # of other makers: no data.json says what belongs to them
+    prepare_run(tmp_path / "run", plan, [folder], [held_out])
+    random_shards(folder, [90, 80, 70, 50])
+    with raises_line(UsageError, "holds 4 shards of 290 tokens, the run began with 3 of 240; put those back"):
+        list(execute_run(tmp_path / "run"))
+    with raises_line(UsageError, "data_tokens is 100, but", "shards holds token shards, which are read where they are"):
+        prepare_run(tmp_path / "other", plan, [folder], [held_out], options=DataOptions(most_tokens=100))

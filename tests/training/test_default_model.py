@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from support.tiny_run import DOCUMENTS, model_config
 
 from fbiedge.errors import UsageError
@@ -93,6 +94,14 @@ def test_steps_of_other_than_seven_numbers_are_refused(small_recipe: Path, tmp_p
     with pytest.raises(UsageError, match=r"--steps is .* expected 7 numbers with commas between"):
         default_model.main(small_recipe, tmp_path / "runs", steps)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_begun_with_other_settings_is_not_gone_on_with(small_recipe: Path, tmp_path: Path) -> None:
+    plan = default_model.stages(tmp_path / "runs", dict.fromkeys(default_model.STEPS, 2))["teacher"]
+    default_model.run_stage("teacher", plan, small_recipe, tmp_path / "runs", Console(quiet=True))
+    longer = replace(plan, training=replace(plan.training, steps=5))
+    with pytest.raises(UsageError, match=r"teacher was begun with steps 2, not 5; choose another folder"):
+        default_model.run_stage("teacher", longer, small_recipe, tmp_path / "runs", Console(quiet=True))
 
 
 def test_missing_corpora_are_named(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fbiedge.training.loss import Losses, head_losses
 
@@ -96,5 +99,13 @@ def test_nothing_is_computed_for_what_needs_no_gradient() -> None:
     found = head_losses(features, head.detach(), targets, teacher=teacher, chunk=6)
     found.loss.backward()
     assert features.grad is not None and head.grad is None
-    with torch.no_grad():
-        assert not head_losses(features, head, targets, chunk=6).loss.requires_grad
+    products: list[object] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            products.extend([func] if "mm" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Counted():
+        assert not head_losses(features, torch.nn.Parameter(head.detach()), targets, chunk=21).loss.requires_grad
+    assert len(products) == 1  # the logits, and no gradient

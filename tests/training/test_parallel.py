@@ -108,7 +108,7 @@ def together(
 
 
 def write_old_state(run: Path, steps: int) -> None:
-    """What fbiedge 0.1 left after `steps` steps: RUN/state.pt."""
+    """What early versions left after `steps` steps: RUN/state.pt."""
     plan = RunPlan.load(run)
     done = 0
 

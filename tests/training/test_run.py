@@ -24,6 +24,7 @@ from fbiedge.errors import CheckpointError, DivergedError, FbiEdgeError, OutputE
 from fbiedge.reference import Reference
 from fbiedge.training import cli
 from fbiedge.training.checkpoint import load_model, save_model
+from fbiedge.training.divergence import LossWatch
 from fbiedge.training.model import Llama
 from fbiedge.training.progress import run_with_progress
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
@@ -168,6 +169,46 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(text: P
     with pytest.raises(DivergedError, match="lower learning rate"):
         list(execute_run(run))
     assert not (run / "model").exists() and not list(run.glob(".*"))
+
+
+def test_a_run_that_diverged_has_the_model_of_its_last_state(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where states were saved in the background, without their models."""
+    runs = {}
+    for in_background in (True, False):
+        runs[in_background] = tmp_path / str(in_background)
+        training = training_config(steps=8, checkpoint_every=3, async_checkpoint=in_background)
+        prepare_run(
+            runs[in_background], RunPlan(model=model_config("column"), training=training, teacher=None), [text], []
+        )
+    see = LossWatch.see
+    monkeypatch.setattr(LossWatch, "see", lambda *taken: DivergedError("enough") if taken[1] == 7 else see(*taken))
+    for run in runs.values():
+        with pytest.raises(DivergedError, match="enough"):
+            list(execute_run(run))
+    found, expected = (load_model(run / "model").state_dict() for run in runs.values())
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_compiled_a_run_has_the_same_losses(text: Path, teacher: Path, tmp_path: Path) -> None:
+    """With all that layers can do at once: rounded head, layers computed again backward, micro batches, a resume."""
+    losses = {}
+    for compiled in (False, True):
+        training = training_config(
+            steps=6, bf16=False, compile=compiled, activation_checkpointing=True, micro_batch_size=2, head="int8",
+            checkpoint_every=3, eval_every=3,
+        )  # fmt: skip
+        plan = RunPlan(model=model_config("column"), training=training, teacher=str(teacher), shared_scales=True)
+        run = tmp_path / str(compiled)
+        prepare_run(run, plan, [text], [])
+        first = execute_run(run)
+        reports = [next(first) for _ in range(3)]
+        first.close()
+        reports += execute_run(run, resume=True)
+        losses[compiled] = [report.loss for report in reports] + [report.eval_loss for report in reports[2::3]]
+    assert len(losses[True]) == 8
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
 def test_the_command_trains_and_resumes(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

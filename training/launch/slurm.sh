@@ -19,6 +19,7 @@ set -euo pipefail
 # would wait for 30 seconds only.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # from Slurm 22.05 on, srun does not take it from the job by itself
 
 run=
 previous=
@@ -34,7 +35,7 @@ fi
 code=0
 srun --kill-on-bad-exit=1 bash -c '
     RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec fbiedge train "$@"' fbiedge "$@" || code=$?
-if [[ $code -eq 130 ]]; then
+if [[ $code -eq 130 || $code -eq 143 ]]; then  # 143: the data were still being prepared, which goes on where it stopped
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
