@@ -13,7 +13,7 @@ from support.server import RunningServer
 from .conftest import client_of, generated_alone
 
 QUESTION = [{"role": "user", "content": "What do you like to do for fun?"}]
-ANSWER = "I like to play video games, watch movies, and go to the movies."  # greedy, as in the README
+ANSWER = "I like to go to the gym, read, and spend time with my family."  # greedy, as in the README
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -34,7 +34,7 @@ def test_a_completion_is_the_golden_text(client: openai.OpenAI) -> None:
 
 def test_a_completion_ends_after_16_tokens_unless_told_otherwise(client: openai.OpenAI) -> None:
     done = client.completions.create(model="default", prompt=PROMPT)
-    assert done.usage and done.usage.completion_tokens == 16
+    assert done.usage and done.usage.completion_tokens == 17
 
 
 def test_a_chat_says_what_the_command_line_says(client: openai.OpenAI) -> None:
@@ -55,7 +55,7 @@ def test_a_streamed_chat_is_the_same(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == ANSWER
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert chunks[-1].choices == [] and chunks[-1].usage and chunks[-1].usage.completion_tokens == 16
+    assert chunks[-1].choices == [] and chunks[-1].usage and chunks[-1].usage.completion_tokens == 17
     assert chunks[-1].usage.prompt_tokens_details
     assert len(chunks) > 10, "text comes as it is generated"
 
@@ -113,12 +113,12 @@ def test_sampling_beyond_openai(client: openai.OpenAI) -> None:
     assert golden("int8").startswith(greedy.choices[0].text)
 
 
-@pytest.mark.parametrize("stop", ["video", ["nothing that comes", "video games,"]])
+@pytest.mark.parametrize("stop", ["gym", ["nothing that comes", "gym, read"]])
 def test_stop(client: openai.OpenAI, stop: str | list[str]) -> None:
     done = client.chat.completions.create(model="default", messages=QUESTION, temperature=0, stop=stop)
-    assert (done.choices[0].message.content, done.choices[0].finish_reason) == ("I like to play ", "stop")
+    assert (done.choices[0].message.content, done.choices[0].finish_reason) == ("I like to go to the ", "stop")
     stream = client.chat.completions.create(model="default", messages=QUESTION, temperature=0, stop=stop, stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "I like to play "
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "I like to go to the "
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
