@@ -34,7 +34,7 @@ def test_a_completion_is_the_golden_text(client: openai.OpenAI) -> None:
 
 def test_a_completion_ends_after_16_tokens_unless_told_otherwise(client: openai.OpenAI) -> None:
     done = client.completions.create(model="default", prompt=PROMPT)
-    assert done.usage and done.usage.completion_tokens == 17
+    assert done.usage and done.usage.completion_tokens == 16
 
 
 def test_a_chat_says_what_the_command_line_says(client: openai.OpenAI) -> None:
