@@ -150,7 +150,8 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from OUT's last save, with OUT's own options; --tensorboard, --wandb and --peak-tflops may change."
+            "--resume",
+            help="Go on from OUT's last save, with OUT's own options; --tensorboard, --wandb and --peak-tflops may change.",
         ),
     ] = False,
 ) -> None:
