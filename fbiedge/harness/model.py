@@ -20,10 +20,7 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import (
-    get_rolling_token_windows,
-    make_disjoint_window,
-)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..engines import LogitEngine, open_logits
