@@ -145,6 +145,25 @@ def init(
     terminal.print_text(f"wrote {output}")
 
 
+@app.command()
+def transplant(
+    model: Annotated[Path, typer.Argument(help="folder of a full-precision Llama or Qwen3, with its tokenizer.json")],
+    tokenizer: Annotated[Path, typer.Argument(help="tokenizer.json of the new vocabulary, or its folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
+) -> None:
+    """Give a full-precision model another vocabulary, to fine-tune it into a teacher for a small student."""
+    from . import terminal
+
+    with extra("export"):
+        from .transplant import transplant as run
+    rows = run(model, tokenizer, output)
+    rest = rows.pieces - rows.own - rows.spelled
+    terminal.print_text(
+        f"wrote {output}: {rows.pieces} pieces, {rows.own} with a row of the model's, {rows.spelled} spelled with several"
+        + (f", {rest} with none" if rest else "")
+    )
+
+
 app.command()(cli_export.export)
 app.command()(cli_serve.serve)
 app.command()(cli_web.web)

@@ -121,6 +121,13 @@ def train(
     loss_jump_steps: Annotated[int | None, typer.Option(help="Steps in a row that it stays there.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides the start and the order of the data.")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast.")] = None,
+    cache_teacher: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache-teacher/--no-cache-teacher",
+            help="Keep what the teacher says in OUT/teacher while the run lasts: only the first epoch waits for it.",
+        ),
+    ] = None,
     compile_model: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile both models.")
     ] = None,
@@ -170,7 +177,10 @@ def train(
             if not data:
                 raise UsageError("no --data given; name a text file, or what else --help lists")
             if teacher is None:
-                for option, value in (("--one-hot-share", one_hot_share), ("--teacher-dtype", teacher_dtype)):
+                for option, value in (
+                    ("--one-hot-share", one_hot_share), ("--teacher-dtype", teacher_dtype),
+                    ("--cache-teacher", cache_teacher or None),
+                ):  # fmt: skip
                     if value is not None:
                         raise UsageError(f"{option} has no effect without a --teacher; leave it out")
             if config is not None and preset_name is not None:
@@ -203,7 +213,7 @@ def train(
                 "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
                 "one_hot_share": one_hot_share, "head": head, "embedding": embedding, "loss_chunk": loss_chunk,
                 "loss_jump": loss_jump,
-                "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "compile": compile_model,
+                "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "cache_teacher": cache_teacher, "compile": compile_model,
                 "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
                 "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
             }  # fmt: skip

@@ -32,6 +32,9 @@ class TrainConfig:
     micro_batch_size: int = 0  # sequences a process computes at once, gradients adding up; 0: all of its share
     seed: int = 11111
     bf16: bool = True  # autocast; latents, moments and losses stay fp32
+    cache_teacher: bool = (
+        False  # it reads each window once, see teacher_cache.py; every epoch then has the same windows
+    )
     compile: bool = False  # torch.compile of each decoder layer: a minute at the start, then faster steps
     activation_checkpointing: bool = False  # keep a layer's input only and compute it again backward: a third more work
     checkpoint_every: int = 200  # optimizer steps

@@ -24,8 +24,9 @@ GROUP_WINDOWS = 1 << 24  # 128 MB of permutation: 34 billion tokens in windows o
 class Batches:
     """Batch number `step` of an endless shuffled stream of windows of sequence_length + 1 tokens.
 
-    A stream is cut at a random phase into windows that share only their border token; a sample is cut from its start, and
-    what is left of it is not used. Sample number i is window i mod windows of epoch i div windows.
+    A stream is cut at a random phase into windows that share only their border token, in each epoch at another or, for
+    `same_windows`, at that of the first; a sample is cut from its start, and what is left of it is not used. Sample number
+    i is window i mod windows of epoch i div windows.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Batches:
         seed: int,
         name: str = "training text",
         group_windows: int = GROUP_WINDOWS,
+        same_windows: bool = False,
     ) -> None:
+        self.same_windows = same_windows
         self.shards, self.batch_size, self.sequence_length, self.seed = shards, batch_size, sequence_length, seed
         counts = [_windows(shard, sequence_length) for shard in shards]
         self.windows = sum(counts)
@@ -67,9 +70,11 @@ class Batches:
         at = int(np.searchsorted(self._group_ends, index, side="right"))
         group = self._groups[at]
         if (epoch, at) != self._at:
-            rng = np.random.default_rng([self.seed, epoch, *([at] if at else [])])
+            rng = self._rng(epoch, at)
             self._phases = rng.integers(self.sequence_length, size=len(group.ends))
             self._order = rng.permutation(group.windows)
+            if self.same_windows:
+                self._phases = self._rng(0, at).integers(self.sequence_length, size=len(group.ends))
             self._at = epoch, at
         chosen = int(self._order[index - (self._group_ends[at] - group.windows)])
         which = int(np.searchsorted(group.ends, chosen, side="right"))
@@ -81,6 +86,9 @@ class Batches:
         else:
             start = int(self._phases[which]) + within * self.sequence_length
         return shard.tokens[start : start + self.sequence_length + 1]
+
+    def _rng(self, epoch: int, group: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, *([group] if group else [])])
 
 
 class _Group:

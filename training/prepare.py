@@ -120,8 +120,10 @@ def open_batches(run: Path, plan: RunPlan) -> tuple[Batches, Batches]:
             )
         check_ids(shards, plan.model.vocab_size)
         training = plan.training
-        seed = training.seed if part == "train" else 0  # runs of other seeds look at the same held-out windows
-        both.append(Batches(shards, training.batch_size, training.sequence_length, seed, name))
+        is_train = part == "train"
+        seed = training.seed if is_train else 0  # runs of other seeds look at the same held-out windows
+        same = is_train and training.cache_teacher
+        both.append(Batches(shards, training.batch_size, training.sequence_length, seed, name, same_windows=same))
     batches, held_out = both
     return batches, held_out
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .checkpoint import save_model
@@ -19,9 +21,10 @@ from .flops import peak_flops, step_flops
 from .layers import LayerReport, LayerWatch
 from .loss import Losses, head_losses
 from .model import DecoderLayer, Llama
-from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, spread, team
+from .parallel import Model, Team, decoder_layers, freeze, is_first, place, spoken_by_first, spread, team
 from .quantized_head import quantized
 from .state import RunState
+from .teacher_cache import CachedTeacher
 
 LOG_EVERY = 10  # steps
 
@@ -71,9 +74,12 @@ def train(
     """
     here = team()
     tokens_per_step = config.batch_size * config.sequence_length
-    flops = step_flops(model, teacher, config.batch_size, config.sequence_length)
+    taught = None if config.cache_teacher else teacher  # a cached one works in the first epoch alone
+    flops = step_flops(model, taught, config.batch_size, config.sequence_length)
     peak = peak_flops(here.device, config.bf16, peak_tflops)
     objective = Objective(here, model, teacher, config)
+    if objective.teacher is not None and config.cache_teacher:
+        objective.cache_teacher(run / "teacher", batches.windows, anew=not resume)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -122,6 +128,8 @@ def train(
                 state.finish()
             if last or not config.async_checkpoint:
                 save_model(model, run / "model", files)
+        if done == config.steps and isinstance(objective.teacher, CachedTeacher):
+            objective.teacher.forget()
         yield StepReport(
             step=done,
             loss=loss,
@@ -147,7 +155,18 @@ class Objective:
         self.rows = here.rows(config.batch_size)
         model.model.embed_tokens.precision = config.embedding
         self.model = place(ready(model, config), here)
-        self.teacher = None if teacher is None else place(ready(freeze(teacher, config.bf16), config), here)
+        self.teacher: nn.Module | CachedTeacher | None = None
+        if teacher is not None:
+            self.teacher = place(ready(freeze(teacher, config.bf16), config), here)
+
+    def cache_teacher(self, folder: Path, windows: int, anew: bool) -> None:
+        """Ask the teacher about each of `windows` once, and keep its answers in `folder`; `anew`: none of those there."""
+        assert isinstance(self.teacher, nn.Module)
+        if anew and is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+        self.here.wait()
+        length, bf16 = self.config.sequence_length, self.config.bf16
+        self.teacher = CachedTeacher(self.teacher, folder, self.here, length=length, windows=windows, bf16=bf16)
 
     def backward(self, batches: Batches, step: int) -> Tensor:
         """Add up the gradients of one batch; returns this process's share of loss, one-hot and distillation, fp64 [3].
@@ -176,7 +195,7 @@ class Objective:
         spread(self.model)
         return self.here.mean((torch.stack(losses).double().sum() / steps)[None])[0]
 
-    def _losses(self, ids: Tensor, targets: Tensor, teacher: Llama | None) -> Losses:
+    def _losses(self, ids: Tensor, targets: Tensor, teacher: Any) -> Losses:
         with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.config.bf16):
             guided = None
             if teacher is not None:

@@ -97,6 +97,21 @@ def test_any_step_can_be_rebuilt_alone_and_epochs_differ() -> None:
     assert not np.array_equal(in_order[0], other_seed)
 
 
+def test_epochs_of_the_same_windows_differ_in_their_order_alone() -> None:
+    batches = Batches([stream(np.arange(1000, dtype=np.uint16))], 3, 16, seed=5, same_windows=True)
+    epochs = [
+        [tuple(batches.batch(step)[0][row]) for step in range(200) for row in range(3)][at * batches.windows :][
+            : batches.windows
+        ]
+        for at in range(2)
+    ]
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert len(set(epochs[0])) == batches.windows
+    other = Batches([stream(np.arange(1000, dtype=np.uint16))], 3, 16, seed=5)
+    assert [tuple(row) for row in other.batch(0)[0]] == epochs[0][:3], "the first epoch is that of any run"
+
+
 @pytest.mark.parametrize("count", [1, 3, 49, 50, 130])
 def test_what_is_held_out_is_not_trained_on_and_nothing_is_lost(count: int) -> None:
     documents = [f"{i} " + " ".join(f"w{i}x{j}" for j in range(60)) for i in range(count)]

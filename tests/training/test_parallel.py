@@ -17,6 +17,7 @@ from support.tiny_run import model_config, training_config
 
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, UsageError
+from fbiedge.training.corpus import DataOptions
 from fbiedge.training.divergence import LossWatch
 from fbiedge.training.loss import head_losses
 from fbiedge.training.model import Llama
@@ -33,7 +34,7 @@ STEPS = 6
 # fp32 sums in another order differ by 2^-24 of themselves, and six steps let that grow tenfold. In bf16 each process
 # rounds its own part of a weight's gradient (2^-9 of it); AdamW makes of a gradient near zero a whole step up or down: of 4
 # seeds on 2 and 4 processes, the 6 losses differed by at most 5e-7, 2e-5, 9e-5, 4e-4, 1.2e-3 and 1.0e-3.
-TOLERANCES = {"column": 5e-6, "shared": 5e-6, "micro": 5e-6, "background": 5e-6, "bf16": 4e-3}
+TOLERANCES = {"column": 5e-6, "shared": 5e-6, "micro": 5e-6, "background": 5e-6, "bf16": 4e-3, "cached": 5e-6}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
@@ -49,13 +50,15 @@ def prepared(text: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
                   {"micro_batch_size": 1, "one_hot_share": 0.3, "head": "int8", "embedding": "int8"}),
         "background": (model_config("row"), {"init": str(teacher)}, {"async_checkpoint": True}),
         "bf16": (model_config("column", **GROUPED), {"teacher_dtype": "bf16"}, {"bf16": True}),
+        "cached": (model_config("column", **GROUPED), {}, {"cache_teacher": True}),
     }  # fmt: skip
     for kind, (config, how, changes) in kinds.items():
         training = training_config(
             **{"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "eval_every": STEPS, "bf16": False, **changes}
         )
         plan = RunPlan(**{"model": config, "training": training, "teacher": str(teacher), **how})
-        prepare_run(folder / kind, plan, [text], [])
+        few = DataOptions(most_tokens=800) if kind == "cached" else None  # two epochs
+        prepare_run(folder / kind, plan, [text], [], options=few)
     return folder
 
 

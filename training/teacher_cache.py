@@ -1,0 +1,140 @@
+"""RUN/teacher/: what the teacher said to each window, so that later epochs read it instead of asking again.
+
+    RANK.features    a record for each window: [sequence_length, hidden] features, bf16 or fp32 as the loss reads them
+    RANK.keys        as many entries: 16 bytes of a hash of teacher and window, 4 of the record's CRC
+
+Features, what the teacher's head sees, are its whole distribution in `hidden` numbers a token, whatever the vocabulary.
+A window is found by its ids, so every epoch must cut the text alike (Batches, `same_windows`). A record is written
+before its entry, and one that isn't whole is as good as none, so a kill costs no more than the windows of a step; what
+is read is what was computed, bit for bit, so a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbiedge.errors import OutputError, UsageError
+
+from .parallel import Team, agreed, is_first, whole
+
+_HASH, _CRC = 16, 4
+_ENTRY = _HASH + _CRC
+
+
+class CachedTeacher:
+    """A teacher that is asked once: `features(ids)` [B, T, hidden] and `lm_head.weight` [V, hidden], as teachers have.
+
+    Several processes keep a file each; where one of them lacks a window, all ask, as a spread teacher answers all at once.
+    """
+
+    def __init__(self, teacher: Any, folder: Path, here: Team, *, length: int, windows: int, bf16: bool) -> None:
+        """For `windows` of `length` tokens. Raises UsageError where the disk has no room for them, and OutputError."""
+        self.teacher, self.folder, self.here = teacher, folder, here
+        self.lm_head = _whole_head(teacher, here)
+        head = self.lm_head.get_parameter("weight")  # [V, hidden]
+        self.shape = length, head.shape[1]
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self._bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        self._salt = blake2b(_raw(head), digest_size=_HASH).digest()  # a teacher trained on is another
+        self._entries, self._records = folder / f"{here.rank}.keys", folder / f"{here.rank}.features"
+        self._places: dict[bytes, tuple[Path, int, int]] = {}  # hash of a window -> file, record number, CRC
+        with agreed():
+            try:
+                self._open()
+            except OSError as error:
+                raise self._refused(error) from error
+        self._index()  # after all have opened theirs
+        with agreed():
+            lacking = (windows - len(self._places)) * self._bytes
+            if lacking > (free := shutil.disk_usage(folder).free):
+                raise UsageError(
+                    f"the teacher's features of {windows} windows need {lacking / 1e9:.1f} GB more in {folder}, where "
+                    f"{free / 1e9:.1f} GB are free; make room, or train without --cache-teacher"
+                )
+
+    def features(self, ids: Tensor) -> Tensor:
+        """What the head sees, in the dtype that the loss rounds it to. Raises OutputError."""
+        keys = [blake2b(self._salt + _raw(row), digest_size=_HASH).digest() for row in ids]
+        rows = [self._read(key) for key in keys]
+        lacking = torch.tensor([any(row is None for row in rows)], dtype=torch.float64, device=ids.device)
+        if self.here.mean(lacking)[0] > 0:
+            said: Tensor = self.teacher.features(ids).to(self.dtype)
+            for at, (key, row) in enumerate(zip(keys, rows, strict=True)):
+                if row is None:
+                    rows[at] = said[at]
+                    self._append(key, _raw(said[at]))
+        return torch.stack([row.to(ids.device) for row in rows if row is not None])
+
+    def forget(self) -> None:
+        """Remove the files, which no step needs any more."""
+        self.here.wait()
+        self._places.clear()
+        if is_first():
+            shutil.rmtree(self.folder)
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self._entries, self._records):
+            path.touch()
+        self._count = min(self._entries.stat().st_size // _ENTRY, self._records.stat().st_size // self._bytes)
+        os.truncate(self._entries, self._count * _ENTRY)
+        os.truncate(self._records, self._count * self._bytes)
+
+    def _index(self) -> None:
+        for path in sorted(
+            self.folder.glob("*.keys")
+        ):  # the others' too, as there may have been more or fewer processes
+            entries = path.read_bytes()
+            for number in range(len(entries) // _ENTRY):
+                entry = entries[number * _ENTRY : (number + 1) * _ENTRY]
+                crc = int.from_bytes(entry[_HASH:], "little")
+                self._places[entry[:_HASH]] = path.with_suffix(".features"), number, crc
+
+    def _read(self, key: bytes) -> Tensor | None:
+        """A window's features [T, hidden]; None where they were never computed, or not written whole."""
+        if key not in self._places:
+            return None
+        path, number, crc = self._places[key]
+        with open(path, "rb") as file:
+            file.seek(number * self._bytes)
+            data = bytearray(file.read(self._bytes))
+        if len(data) != self._bytes or zlib.crc32(data) != crc:
+            return None
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+    def _append(self, key: bytes, data: bytes) -> None:
+        crc = zlib.crc32(data)
+        try:
+            for path, part in ((self._records, data), (self._entries, key + crc.to_bytes(_CRC, "little"))):
+                with open(path, "ab") as file:
+                    file.write(part)
+        except OSError as error:
+            raise self._refused(error) from error
+        self._places[key] = self._records, self._count, crc
+        self._count += 1
+
+    def _refused(self, error: OSError) -> OutputError:
+        return OutputError(f"can't write {self.folder}: {error.strerror}; make room, then --resume")
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _whole_head(teacher: Any, here: Team) -> nn.Module:
+    """The teacher's head; of a spread teacher a whole copy, as nothing gathers it where the teacher isn't asked."""
+    head: nn.Module = teacher.lm_head
+    if here.size == 1:
+        return head
+    weight = whole(head.get_parameter("weight")).to(here.device)
+    copy = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    copy.weight = nn.Parameter(weight, requires_grad=False)
+    return copy
