@@ -147,7 +147,7 @@ def init(
 
 @app.command()
 def transplant(
-    model: Annotated[Path, typer.Argument(help="folder of a full-precision Llama or Qwen3, with its tokenizer.json")],
+    model: Annotated[Path, typer.Argument(help="folder of a full-precision Llama, with its tokenizer.json")],
     tokenizer: Annotated[Path, typer.Argument(help="tokenizer.json of the new vocabulary, or its folder")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
 ) -> None:
@@ -156,6 +156,8 @@ def transplant(
 
     with extra("export"):
         from .transplant import transplant as run
+    if (output / "config.json").exists():
+        raise UsageError(f"{output} holds a checkpoint already, which would be replaced; choose a new folder")
     rows = run(model, tokenizer, output)
     rest = rows.pieces - rows.own - rows.spelled
     terminal.print_text(

@@ -1,4 +1,4 @@
-"""A full-precision model with another vocabulary: `fbiedge transplant MODEL TOKENIZER -o DIR`.
+"""A full-precision Llama with another vocabulary: `fbiedge transplant MODEL TOKENIZER -o DIR`.
 
 Distillation needs a teacher with the student's vocabulary, and few have a small one. All but embedding and head is kept.
 A piece's new row is the row of the same bytes in the model's own vocabulary, else the mean of the rows of the pieces that
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UsageError
+from .errors import ModelFileError, UsageError
 from .tokenizer import Tokenizer
 from .weights import Weights, expected_shapes, json_sidecar, open_checkpoint, read_sidecars, write_checkpoint
 
@@ -28,7 +28,7 @@ class Transplant:
     """Where the rows of the new vocabulary came from."""
 
     pieces: int
-    own: int  # a row of the model's, for the same bytes
+    own: int  # one row of the model's
     spelled: int  # the mean of several; the rest has no bytes in the model's vocabulary and gets the mean of all
 
 
@@ -36,23 +36,18 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     """Write `model` (a checkpoint folder) with the vocabulary of `tokenizer` (a tokenizer.json or its folder) to `out`.
 
     What lies beside the tokenizer (its configuration, a chat template) comes along. Raises CheckpointError, UsageError
-    for a binary model and for tokenizers that can't be matched, and OutputError.
+    for a model that can't be trained and for tokenizers that can't be read, and OutputError.
     """
     source = open_checkpoint(model)
-    if source.config.scaling_pattern != "none":
-        raise UsageError(
-            f"{model} is binary ({source.config.scaling_pattern}), expected full precision; transplant its teacher"
-        )
+    check_source(model, source)
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: text for name, text in read_sidecars(folder).items() if name != "generation_config.json"}
     if not tokenizer.is_dir():
         files = {"tokenizer.json": _text(tokenizer), **{n: t for n, t in files.items() if n != "tokenizer.json"}}
     if "tokenizer.json" not in files:
         raise UsageError(f"{tokenizer} has no tokenizer.json; name one")
-    ours = _tokenizer(files)
-    if "tokenizer.json" not in source.files:
-        raise UsageError(f"{model} has no tokenizer.json, which says what its rows stand for; put it there")
-    theirs = _tokenizer(source.files)
+    ours = _tokenizer(files, tokenizer)
+    theirs = _tokenizer(source.files, model)
     ends = _ends(ours, tokenizer)
     own_ends = (source.config.bos_token_id, source.config.eos_token_id)
     rows = _rows(theirs, ours, source.config.vocab_size) | {
@@ -67,9 +62,26 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     )
 
 
+def check_source(model: Path, source: Weights) -> None:
+    """Raises UsageError where `source`, read from `model`, can't be transplanted, or not be trained then."""
+    config = source.config
+    if config.scaling_pattern != "none":
+        raise UsageError(
+            f"{model} is binary ({config.scaling_pattern}), expected full precision; transplant its teacher"
+        )
+    if config.model_type != "llama" or config.rope_scaling is not None:
+        what = config.model_type if config.rope_scaling is None else "Llama with scaled RoPE"
+        raise UsageError(f"{model} is a {what}, which can't be trained here; choose a Llama with unscaled RoPE")
+    if "tokenizer.json" not in source.files:
+        raise UsageError(f"{model} has no tokenizer.json, which says what its rows stand for; put it there")
+
+
 def _rows(theirs: Tokenizer, ours: Tokenizer, own_rows: int) -> dict[int, list[int]]:
-    """For each new id the ids whose rows it is the mean of; none where its bytes can't be spelled."""
-    own = {theirs.token_bytes(token_id): token_id for token_id in reversed(range(min(theirs.vocab_size, own_rows)))}
+    """For each new id the ids whose rows it is the mean of; none where none of its bytes can be spelled.
+
+    Where two spell the same, the later one is meant: Llama-2's <0x41> stands before its A, and no text has it.
+    """
+    own = {theirs.token_bytes(token_id): token_id for token_id in range(min(theirs.vocab_size, own_rows))}
     own.pop(b"", None)
     longest = max(map(len, own), default=0)
     rows: dict[int, list[int]] = {}
@@ -103,9 +115,14 @@ def _ends(tokenizer: Tokenizer, path: Path) -> tuple[int, int]:
     return bos, eos
 
 
-def _tokenizer(files: Mapping[str, str]) -> Tokenizer:
+def _tokenizer(files: Mapping[str, str], path: Path) -> Tokenizer:
     config = json_sidecar(files, "special_tokens_map.json") | json_sidecar(files, "tokenizer_config.json")
-    return Tokenizer(files["tokenizer.json"], config)
+    try:
+        return Tokenizer(files["tokenizer.json"], config)
+    except ModelFileError as error:
+        raise UsageError(
+            f"the tokenizer of {path} can't be read; name a tokenizer.json of Hugging Face's form"
+        ) from error
 
 
 def _text(path: Path) -> str:

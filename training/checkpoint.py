@@ -3,6 +3,7 @@
 RUN/run.json             every hyperparameter, the model's shape and its teacher
 RUN/train/, held_out/    token shards of the training and the held-out text, see corpus.py
 RUN/metrics.jsonl        one line per logged step or evaluation
+RUN/teacher/             what the teacher said so far, with --cache-teacher and while the run lasts, see teacher_cache.py
 RUN/state/STEP/          latents, AdamW moments, step: what an exact resume needs, see state.py
 RUN/model/               the checkpoint in the official form, with its tokenizer: what `fbiedge export` reads
 """

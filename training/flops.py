@@ -6,7 +6,8 @@ Model FLOPs of a step of S sequences of T tokens, a multiplication and an additi
     attention     4 · D for each query, each head (of size D) and each key it sees: q·k and the sum of v. Attention is
                   causal, so a query sees (T + 1) / 2 keys on average.
     student       3 times the sum of both: forward, and two products backward for each one forward
-    teacher       once the sum of both, by its own shape: forward only
+    teacher       once the sum of both, by its own shape: forward only; not counted where it is asked in the first epoch
+                  alone (--cache-teacher)
 
 What else a step does is not counted, but takes time: recomputing activations, building W_eff, norms, softmax, the loss, the
 optimizer. So --activation-checkpointing lowers the number, as the same model is trained no faster.

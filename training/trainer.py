@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from .flops import peak_flops, step_flops
 from .layers import LayerReport, LayerWatch
 from .loss import Losses, head_losses
 from .model import DecoderLayer, Llama
-from .parallel import Model, Team, decoder_layers, freeze, is_first, place, spoken_by_first, spread, team
+from .parallel import Model, Team, decoder_layers, freeze, place, spoken_by_first, spread, team
 from .quantized_head import quantized
 from .state import RunState
-from .teacher_cache import CachedTeacher
+from .teacher_cache import CachedTeacher, forget_answers
 
 LOG_EVERY = 10  # steps
 
@@ -78,8 +77,6 @@ def train(
     flops = step_flops(model, taught, config.batch_size, config.sequence_length)
     peak = peak_flops(here.device, config.bf16, peak_tflops)
     objective = Objective(here, model, teacher, config)
-    if objective.teacher is not None and config.cache_teacher:
-        objective.cache_teacher(run / "teacher", batches.windows, anew=not resume)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -93,8 +90,12 @@ def train(
     if not resume:
         state.forget()
     first = state.load()
+    if not resume or first >= config.steps:
+        forget_answers(run / "teacher", here)
     if first >= config.steps:  # all done, but perhaps it was killed between the last state and its model
         save_model(model, run / "model", files)
+    elif config.cache_teacher:
+        objective.cache_teacher(run / "teacher", min(batches.windows, config.steps * config.batch_size))
     for step in range(first, config.steps):
         done = step + 1
         evaluating = done == config.steps or done % config.eval_every == 0
@@ -128,8 +129,8 @@ def train(
                 state.finish()
             if last or not config.async_checkpoint:
                 save_model(model, run / "model", files)
-        if done == config.steps and isinstance(objective.teacher, CachedTeacher):
-            objective.teacher.forget()
+        if done == config.steps:
+            forget_answers(run / "teacher", here)
         yield StepReport(
             step=done,
             loss=loss,
@@ -159,14 +160,11 @@ class Objective:
         if teacher is not None:
             self.teacher = place(ready(freeze(teacher, config.bf16), config), here)
 
-    def cache_teacher(self, folder: Path, windows: int, anew: bool) -> None:
-        """Ask the teacher about each of `windows` once, and keep its answers in `folder`; `anew`: none of those there."""
-        assert isinstance(self.teacher, nn.Module)
-        if anew and is_first():
-            shutil.rmtree(folder, ignore_errors=True)
-        self.here.wait()
+    def cache_teacher(self, folder: Path, windows: int) -> None:
+        """Ask the teacher, if there is one, about each of `windows` once, and keep its answers in `folder`."""
         length, bf16 = self.config.sequence_length, self.config.bf16
-        self.teacher = CachedTeacher(self.teacher, folder, self.here, length=length, windows=windows, bf16=bf16)
+        if self.teacher is not None:
+            self.teacher = CachedTeacher(self.teacher, folder, self.here, length=length, windows=windows, bf16=bf16)
 
     def backward(self, batches: Batches, step: int) -> Tensor:
         """Add up the gradients of one batch; returns this process's share of loss, one-hot and distillation, fp64 [3].

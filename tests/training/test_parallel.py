@@ -22,6 +22,7 @@ from fbiedge.training.divergence import LossWatch
 from fbiedge.training.loss import head_losses
 from fbiedge.training.model import Llama
 from fbiedge.training.parallel import Team, freeze
+from fbiedge.training.prepare import open_batches
 from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.shared_scales import share_scales
 from fbiedge.training.start import start_anew, start_from
@@ -145,6 +146,17 @@ def test_several_processes_train_as_one_does(kind: str, together: tuple[Path, di
     name = "model.layers.1.mlp.down_proj"
     changed = torch.from_numpy(mine.linear(name).dense() - theirs.linear(name).dense())  # type: ignore[union-attr]
     assert changed.abs().mean() < (5e-4 if kind == "bf16" else 1e-6)
+
+
+def test_no_process_asks_for_what_another_has_asked(prepared: Path, tmp_path: Path) -> None:
+    """Stopped in the second epoch, 2 processes have one record of each window, but for those of one batch."""
+    shutil.copytree(prepared / "cached", tmp_path / "run")
+    windows = open_batches(tmp_path / "run", RunPlan.load(tmp_path / "run"))[0].windows
+    ended = finish(start(2, [train_worker.__file__, f"{tmp_path / 'run'}:to={STEPS - 1}"]))
+    assert [process.code for process in ended] == [0, 0], [process.printed for process in ended]
+    entries = sum(path.stat().st_size for path in (tmp_path / "run" / "teacher").glob("*.keys")) // 20
+    assert 8 * (STEPS - 1) > 1.5 * windows
+    assert windows <= entries < windows + 8
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(together: tuple[Path, dict[str, Any]]) -> None:

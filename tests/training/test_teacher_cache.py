@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -88,17 +89,29 @@ def test_a_stopped_run_goes_on_exactly_whatever_is_left(
     if damage == "features":
         records.write_bytes(records.read_bytes()[:-5000])
     if damage == "bytes":
-        written = bytearray(records.read_bytes())
-        written[100] ^= 1
-        records.write_bytes(written)
+        records.write_bytes(bytes(records.stat().st_size))
     assert losses(run, resume=True) == expected[9:]
 
 
 def test_a_run_that_starts_anew_forgets_what_was_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = always_asked(run, monkeypatch)
-    (run / "teacher").mkdir()
-    (run / "teacher" / "0.keys").write_bytes(bytes(100))
+    losses(run, until=9)
+    records, entries = run / "teacher" / "0.features", run / "teacher" / "0.keys"
+    size = records.stat().st_size // (entries.stat().st_size // 20)
+    records.write_bytes(bytes(records.stat().st_size))  # zeros, with their CRC
+    known = entries.read_bytes()
+    crc = zlib.crc32(bytes(size)).to_bytes(4, "little")
+    entries.write_bytes(b"".join(known[at : at + 16] + crc for at in range(0, len(known), 20)))
     assert losses(run) == expected
+
+
+def test_a_finished_run_keeps_and_needs_no_answers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses(run)
+    (run / "teacher").mkdir()  # as a kill just before the end leaves it
+    (run / "teacher" / "0.features").write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: pytest.fail("no room is needed"))
+    assert losses(run, resume=True) == []
+    assert not (run / "teacher").exists()
 
 
 def test_a_teacher_that_learned_on_is_asked_again(tmp_path: Path) -> None:
@@ -118,7 +131,7 @@ def test_a_disk_without_room_is_said_before_the_first_step(run: Path, monkeypatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     with pytest.raises(
-        UsageError, match=r"need 0\.0 GB more in .*teacher, where 0\.0 GB are free; make room, or train"
+        UsageError, match=r"need 0\.0 GB more in .*teacher, where 0\.0 GB are free; make room, or begin"
     ):
         losses(run)
 
@@ -127,5 +140,5 @@ def test_what_cannot_be_written_is_named(run: Path) -> None:
     assert len(losses(run, until=2)) == 2
     (run / "teacher" / "0.features").unlink()
     (run / "teacher" / "0.features").mkdir()
-    with pytest.raises(OutputError, match=r"can't write .*teacher: Is a directory; make room, then --resume"):
+    with pytest.raises(OutputError, match=r"can't write .*teacher: Is a directory; mend that, then --resume"):
         losses(run, resume=True)

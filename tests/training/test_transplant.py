@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.tiny_run import DOCUMENTS, model_config, training_config
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers import decoders, models
 
 from fbiedge.cli import run as fbiedge
 from fbiedge.initialize import init_checkpoint
@@ -91,13 +94,38 @@ def test_what_cannot_be_transplanted_is_named(
     (endless / "tokenizer.json").write_text((vocabulary / "tokenizer.json").read_text())
     (endless / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
     (tmp_path / "none").mkdir()
+    (tmp_path / "odd.json").write_text("{}")
+    init_checkpoint(model_config("none", model_type="qwen3"), tmp_path / "qwen3")
     for model, tokenizer, message in (
         (tmp_path / "binary", vocabulary, "is binary (column), expected full precision; transplant its teacher"),
         (teacher, tmp_path / "none", "has no tokenizer.json; name one"),
         (teacher, tmp_path / "none" / "tokenizer.json", "can't read"),
         (teacher, endless, "has no <|stop|>; name both ends in tokenizer_config.json"),
-        (tmp_path / "none", vocabulary, "none"),
+        (tmp_path / "none", vocabulary, "config.json"),
+        (tmp_path / "qwen3", vocabulary, "is a qwen3, which can't be trained here; choose a Llama with unscaled RoPE"),
+        (teacher, tmp_path / "odd.json", "odd.json can't be read; name a tokenizer.json"),
     ):
         assert fbiedge(["transplant", str(model), str(tokenizer), "-o", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    assert fbiedge(["transplant", str(teacher), str(vocabulary), "-o", str(tmp_path / "binary")]) == 2
+    assert "holds a checkpoint already, which would be replaced" in capsys.readouterr().err
+
+
+def test_byte_tokens_stand_for_no_text(teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Llama-2's tokenizer has each byte as <0x..> before the pieces of text, which are what was trained."""
+    letters = [chr(code) for code in range(97, 123)]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *letters[:15]]
+    whole = Tokenizers(models.BPE({piece: at for at, piece in enumerate(pieces)}, [], byte_fallback=True))
+    whole.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    source = tmp_path / "source"
+    shutil.copytree(teacher, source)
+    (source / "tokenizer.json").write_text(whole.to_str())
+    transplant(source, vocabulary, tmp_path / "out")
+    old, new = open_checkpoint(source), rows(tmp_path / "out")
+    embedding = old.tensor("model.embed_tokens.weight")
+    width = embedding.shape[1]
+    for letter in "ano":
+        at = pieces.index(letter)
+        np.testing.assert_array_equal(new[letter.encode()][:width], embedding[at])
+    np.testing.assert_array_equal(new[b"z"][:width], embedding[pieces.index("<0x7A>")])
