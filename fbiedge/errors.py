@@ -5,7 +5,7 @@
     ├── CheckpointError          a checkpoint that is missing, truncated, or has missing, extra or wrongly shaped tensors
     ├── ModelFileError           a model.onnx that is missing, not ONNX, truncated, or not written by fbiedge
     ├── OpLibraryError           the op library is missing or can't be loaded
-    ├── DivergedError            a training whose loss is no number or rose and stays high; its last saved state is intact
+    ├── DivergedError            a training whose loss is no number or rose and stays high; its last saved state is good
     ├── ElsewhereError           an error of a training on several processes, which the first of them explains
     └── OutputError              the output can't be written (disk full, no permission) or came out wrong
 
@@ -43,7 +43,7 @@ class OpLibraryError(FbiEdgeError):
 
 
 class DivergedError(FbiEdgeError):
-    """The loss of a training is no number, or rose and stays high; the last saved state is intact."""
+    """The loss of a training is no number, or rose and stays high; the last saved state is good."""
 
 
 class ElsewhereError(FbiEdgeError):

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from .engines import LogitEngine
 from .errors import ModelFileError, UsageError
 from .metrics import token_losses
-from .tokenizer import Tokenizer
+from .tokenizer import DOCUMENT_END, Tokenizer
 
 WINDOW = 2048
 CHUNK = 128  # tokens whose logits are in memory at once: 16 MB for 32,000 of them
@@ -145,8 +145,20 @@ def finite_logits(engine: LogitEngine, ids: Sequence[int]) -> npt.NDArray[np.flo
 
 
 def encode(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
-    """Ids of a whole text. Raises UsageError where they go beyond the vocabulary."""
-    ids = tokenizer.encode(text)
+    """Ids of a whole text. Raises UsageError where they go beyond the vocabulary.
+
+    Documents with markers between them, which the tokenizer doesn't know as tokens, are each between the tokens that begin
+    and end a text, as training has them.
+    """
+    documents = [document.strip() for document in DOCUMENT_END.split(text)]
+    if len(documents) > 1 and tokenizer.token_id("<|endoftext|>") is None:
+        begin, end = (
+            [] if found is None else [found]
+            for found in map(tokenizer.token_id, (tokenizer.bos_token, tokenizer.eos_token))
+        )
+        ids = [i for document in documents if document for i in (*begin, *tokenizer.encode_rendered(document), *end)]
+    else:
+        ids = tokenizer.encode(text)
     if ids and max(ids) >= vocab_size:
         raise UsageError(f"the tokenizer gives ids up to {max(ids)}, but the vocabulary is {vocab_size}")
     return ids

@@ -23,6 +23,9 @@ import tokenizers
 from .errors import ModelFileError
 from .model_file import ModelFile
 
+# What separates the documents of a text file.
+DOCUMENT_END = re.compile(r"<\|endoftext\|>|<\|endofdoc\|>")
+
 
 class Tokenizer:
     """The tokenizer that travels in a model. Special tokens in text count as such; decoding leaves them out."""

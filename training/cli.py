@@ -24,6 +24,12 @@ from .progress import run_with_progress
 from .recipes import resolved
 from .teacher import find_teacher, fitted, teacher_facts
 
+# Hyperparameters that a resumed run may have otherwise, and options that only say how it is watched.
+MAY_CHANGE = (
+    "learning_rate", "min_learning_rate_ratio", "grad_clip", "micro_batch_size", "activation_checkpointing", "compile",
+    "loss_chunk", "loss_jump", "loss_jump_steps", "checkpoint_every", "async_checkpoint", "eval_every", "eval_sequences",
+)  # fmt: skip
+WATCHING = ("--tensorboard", "--wandb", "--peak-tflops")
 STOPPED = 130  # the exit code of a run that Ctrl-C or SIGTERM stopped
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -158,21 +164,36 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from OUT's last save, with OUT's own options; --tensorboard, --wandb and --peak-tflops may change.",
+            help="Go on from OUT's last save, with OUT's own options, except those given that may change: how it learns "
+            "(--learning-rate, --grad-clip), is computed (--micro-batch-size, --compile), saved, evaluated and watched.",
         ),
     ] = False,
 ) -> None:
     """Train a binarized Llama by distillation from a --teacher (without one: on the next token), or a full-precision
     teacher (--scaling-pattern none). What no option says is the preset's, else for 1000 short steps on one machine."""
     console = Console(quiet=not is_first(), markup=False)
+    given = {
+        "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
+        "sequence_length": sequence_length, "learning_rate": learning_rate,
+        "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
+        "one_hot_share": one_hot_share, "head": head, "embedding": embedding, "loss_chunk": loss_chunk,
+        "loss_jump": loss_jump,
+        "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "cache_teacher": cache_teacher, "compile": compile_model,
+        "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
+        "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
+    }  # fmt: skip
     with agreed(hours=True):
         if resume:
-            if others := _given(context) - {"--out", "--resume", "--tensorboard", "--wandb", "--peak-tflops"}:
+            may = {f"--{name.replace('_', '-')}" for name in MAY_CHANGE}
+            if others := _given(context) - may - {"--out", "--resume", *WATCHING}:
                 raise UsageError(f"--resume goes on with {out}'s own options; leave {' and '.join(sorted(others))} out")
             before = RunPlan.load(out)
-            watched = _watched(before, tensorboard, wandb, peak_tflops)
-            if watched != before and is_first():
-                watched.save(out)
+            changes: dict[str, Any] = {name: given[name] for name in MAY_CHANGE if given[name] is not None}
+            changed = dataclasses.replace(before, training=dataclasses.replace(before.training, **changes))
+            changed = _watched(changed, tensorboard, wandb, peak_tflops)
+            if changed != before and is_first():
+                changed.save(out)
         if not resume and is_first():
             if not data:
                 raise UsageError("no --data given; name a text file, or what else --help lists")
@@ -206,17 +227,6 @@ def train(
                 model = fitted(model, teacher_facts(teacher_folder))
             if vocab_size is not None:
                 model = dataclasses.replace(model, vocab_size=vocab_size)
-            given = {
-                "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
-                "sequence_length": sequence_length, "learning_rate": learning_rate,
-                "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
-                "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
-                "one_hot_share": one_hot_share, "head": head, "embedding": embedding, "loss_chunk": loss_chunk,
-                "loss_jump": loss_jump,
-                "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "cache_teacher": cache_teacher, "compile": compile_model,
-                "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
-                "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
-            }  # fmt: skip
             recipe, training = resolved(preset_name, init is not None, given)
             team().rows(training.batch_size)
             if training.sequence_length > model.max_position_embeddings:

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from fbiedge.errors import DivergedError
-
 _MEMORY = 50  # steps over which the level is smoothed: a spike of one step hardly moves it
 
 
@@ -30,11 +28,10 @@ class LossWatch:
         """Whether the last step was not high: what is saved now is worth going back to."""
         return self.high_steps == 0
 
-    def see(self, step: int, loss: float, grad_norm: float) -> DivergedError | None:
+    def see(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Take in the loss of one step, before the step changes the weights; returns why the run must end, if it must."""
-        advice = "the last checkpoint is intact, start again with a lower learning rate"
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {advice}")
+            return f"step {step}: loss {loss}, gradient norm {grad_norm}"
         taken = min(loss, self.lowest + self.jump)  # a spike of thousands says no more than a spike of two
         weight = 1 / min(self.seen + 1, _MEMORY)  # at first the plain mean
         self.level = taken if self.seen == 0 else self.level + weight * (taken - self.level)
@@ -43,9 +40,9 @@ class LossWatch:
             self.lowest = min(self.lowest, self.level)
         self.high_steps = self.high_steps + 1 if loss > self.lowest + self.jump else 0
         if self.high_steps >= self.patience:
-            return DivergedError(
+            return (
                 f"step {step}: loss {loss:.3f}; it was {self.lowest:.3f} and has been more than {self.jump:g} above that "
-                f"for {self.high_steps} steps; {advice}"
+                f"for {self.high_steps} steps"
             )
         return None
 

@@ -7,7 +7,6 @@ LONGEST characters becomes several, cut at a space. Each document becomes bos + 
 from __future__ import annotations
 
 import itertools
-import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,11 +16,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fbiedge.errors import UsageError
+from fbiedge.tokenizer import DOCUMENT_END
 
 from .shards import Ids
 
 LONGEST = 1 << 22  # characters
-_DOCUMENT_END = re.compile(r"<\|endoftext\|>|<\|endofdoc\|>")
 _BLOCK = 1 << 20  # characters read at once
 _HELD_OUT_EVERY = 50
 _ENCODE_BATCH = 512  # documents given to the tokenizer at once: its threads have work, memory stays small
@@ -74,7 +73,7 @@ def ids_dtype(tokenizer: Tokenizer, *ids: int) -> type[np.uint16 | np.uint32]:
 def _split_at_markers(blocks: Iterable[str]) -> Iterator[str]:
     held = ""  # begins a document
     for block in blocks:
-        *whole, held = _DOCUMENT_END.split(held + block)
+        *whole, held = DOCUMENT_END.split(held + block)
         yield from whole
         while len(held) > LONGEST:
             cut = held.rfind(" ", 1, LONGEST) + 1 or LONGEST

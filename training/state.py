@@ -102,6 +102,10 @@ class RunState:
             self._as_one(folder, future.result)
             self._retire()
 
+    def drop(self, step: int) -> None:
+        """Remove the state of that step, if there is one."""
+        self._as_one(self.run / "state", lambda: self._clear(lambda path: int(path.name) == step))
+
     def forget(self) -> None:
         """Remove all states: the run starts over."""
         self._as_one(self.run / "state", lambda: self._clear(lambda _: True))

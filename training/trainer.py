@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from fbiedge.errors import DivergedError
 
 from .checkpoint import save_model
 from .config import TrainConfig
@@ -107,9 +110,13 @@ def train(
         loss, one_hot, distillation, stops = here.mean(torch.cat((parts, parts.new_tensor([stop()]))))
         if problem := watch.see(done, loss, norm):
             state.finish()
-            if config.async_checkpoint and state.load():  # states alone were saved: give the last one its model
+            if not math.isfinite(loss + norm):
+                state.drop(step)  # the loss of that step was a number, what it made of the weights gives none
+            advice = "nothing was saved before; start again with a lower learning rate"
+            if good := state.load():
                 save_model(model, run / "model", files)
-            raise spoken_by_first(problem)
+                advice = f"the state of step {good} is good; go on from it with --resume and a lower --learning-rate"
+            raise spoken_by_first(DivergedError(f"{problem}; {advice}"))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         if watching:

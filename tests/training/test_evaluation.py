@@ -10,9 +10,18 @@ import torch
 
 from fbiedge.config import ModelConfig
 from fbiedge.errors import UsageError
+from fbiedge.evaluation import encode
+from fbiedge.tokenizer import Tokenizer
 from fbiedge.training.evaluation import held_out_loss
 from fbiedge.training.model import Llama
-from fbiedge.training.tokenizer import train_tokenizer
+from fbiedge.training.tokenizer import BOS, EOS, train_tokenizer
+
+
+def test_a_marker_that_is_a_token_stays_one() -> None:
+    tokenizer = train_tokenizer(["The hen saw a fox."], 262, ("<|endoftext|>",))
+    known = Tokenizer(tokenizer.to_str(), {"bos_token": BOS, "eos_token": EOS})
+    ids = encode(known, "The hen.<|endoftext|>The hen.", 262)
+    assert ids.count(3) == 1 and 2 not in ids
 
 
 def test_it_is_the_mean_over_every_whole_window(tmp_path: Path) -> None:
@@ -39,6 +48,9 @@ def test_it_is_the_mean_over_every_whole_window(tmp_path: Path) -> None:
     assert windows > 9 and loss.tokens == 16 * windows  # more than one batch of windows
     assert loss.nats_per_token == pytest.approx(total / loss.tokens, rel=1e-5)
     assert loss.perplexity == pytest.approx(math.exp(loss.nats_per_token))
+
+    known = Tokenizer(tokenizer.to_str(), {"bos_token": BOS, "eos_token": EOS})
+    assert encode(known, text.read_text(), 280) == ids, "fbiedge eval reads the same documents"
 
     text.write_text("The hen.")
     with pytest.raises(UsageError, match="expected 17 or more; give a longer text"):

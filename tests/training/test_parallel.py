@@ -330,4 +330,4 @@ def test_one_easy_batch_at_the_start_is_no_level() -> None:
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
 def test_what_is_no_number_ends_the_run_at_once(loss: float, norm: float) -> None:
-    assert "lower learning rate" in str(LossWatch(2.0, 50).see(1, loss, norm))
+    assert LossWatch(2.0, 50).see(1, loss, norm) == f"step 1: loss {loss}, gradient norm {norm}"

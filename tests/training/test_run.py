@@ -166,9 +166,46 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(text: P
     run = tmp_path / "run"
     plan = RunPlan(model=model_config("column"), training=training_config(learning_rate=1e20), teacher=None)
     prepare_run(run, plan, [text], [])
-    with pytest.raises(DivergedError, match="lower learning rate"):
+    with pytest.raises(DivergedError, match="nothing was saved before; start again with a lower learning rate"):
         list(execute_run(run))
     assert not (run / "model").exists() and not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_state_that_gives_no_number_is_not_kept(in_background: bool, text: Path, tmp_path: Path) -> None:
+    """The last step with a finite loss may be the one that broke the weights, and was saved all the same."""
+    run = tmp_path / "run"
+    training = training_config(steps=8, checkpoint_every=2, async_checkpoint=in_background)
+    prepare_run(run, RunPlan(model=model_config("column"), training=training, teacher=None), [text], [])
+    plan = RunPlan.load(run)
+    good = [report.loss for report in execute_run(run, stop=iter([False, True]).__next__)]
+    assert len(good) == 2
+    broken = dataclasses.replace(plan.training, learning_rate=1e20, checkpoint_every=1)
+    dataclasses.replace(plan, training=broken).save(run)
+    with pytest.raises(DivergedError, match=r"step 4: .*nan; the state of step 2 is good; go on"):
+        list(execute_run(run, resume=True))
+    assert [path.name for path in saved_states(run)] == ["00000002"]
+    assert all(
+        torch.isfinite(tensor).all() and tensor.abs().max() < 1e6
+        for tensor in load_model(run / "model").state_dict().values()
+    )
+    plan.save(run)
+    assert [report.step for report in execute_run(run, resume=True)] == list(range(3, 9))
+
+
+def test_what_may_change_is_given_to_a_resumed_run(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prepare_run(out, RunPlan(model=model_config("column"), training=training_config(steps=6), teacher=None), [text], [])
+    list(execute_run(out, stop=iter([False, True]).__next__))
+    cli.main(["-o", str(out), "--resume", "--learning-rate", "1e-4", "--micro-batch-size", "2", "--eval-every", "3"])
+    training = RunPlan.load(out).training
+    assert training == training_config(steps=6, learning_rate=1e-4, micro_batch_size=2, eval_every=3)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["learning_rate"] == pytest.approx(training.learning_rate_at(5))
+    with pytest.raises(UsageError, match=r"--resume goes on with .*; leave --batch-size and --seed out"):
+        cli.main(["-o", str(out), "--resume", "--batch-size", "2", "--seed", "3"])
+    with pytest.raises(UsageError, match=r"learning_rate is -1"):
+        cli.main(["-o", str(out), "--resume", "--learning-rate", "-1"])
 
 
 def test_a_run_that_diverged_has_the_model_of_its_last_state(
@@ -183,9 +220,11 @@ def test_a_run_that_diverged_has_the_model_of_its_last_state(
             runs[in_background], RunPlan(model=model_config("column"), training=training, teacher=None), [text], []
         )
     see = LossWatch.see
-    monkeypatch.setattr(LossWatch, "see", lambda *taken: DivergedError("enough") if taken[1] == 7 else see(*taken))
+    monkeypatch.setattr(LossWatch, "see", lambda *taken: "enough" if taken[1] == 7 else see(*taken))
     for run in runs.values():
-        with pytest.raises(DivergedError, match="enough"):
+        with pytest.raises(
+            DivergedError, match="enough; the state of step 6 is good; go on from it with --resume and a lower"
+        ):
             list(execute_run(run))
     found, expected = (load_model(run / "model").state_dict() for run in runs.values())
     assert all(found[name].equal(expected[name]) for name in expected)
