@@ -140,6 +140,8 @@ def _resolve(path: Path) -> Path:
             raise ModelFileError(
                 f"{path} is a checkpoint; export it first: fbiedge export {path} --to onnx -o model.onnx"
             )
+        if (path / "run.json").is_file():
+            raise ModelFileError(f"{path} is a training run; its model is {path / 'model'}")
         raise ModelFileError(f"{path} is a folder without a model.onnx")
     if not path.exists():
         raise ModelFileError(f"{path} does not exist; expected a model.onnx made by `fbiedge export`")

@@ -15,7 +15,7 @@ Steps are the length of their schedule: 360 chunks of 1,706,976 samples, each ch
 
 Not fixed by paper or code, so ours: 13b is a shape without a launch line, here with the batch of 7b; the teacher is held in
 bf16 (theirs in fp32, its products in bf16 all the same); the permutation within a chunk comes from (seed, chunk) instead of
-numpy's global state; step 1 has a 2000th of the peak, theirs none; saves come every 500 steps instead of once a chunk, and a
+numpy's global state; step 1 has a 2000th of the peak, theirs 3/4 to 9/10 of one; saves come every 500 steps instead of once a chunk, and a
 batch or so is held out to be watched.
 
 `tiny` is for tests and a first try, `small` is the body of the bundled model (default_model.py): both for one machine.

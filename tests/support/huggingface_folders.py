@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -42,6 +43,27 @@ def model_folder(folder: Path, kind: type[PreTrainedModel], config: Any, *, toke
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+def teacher_folder(
+    path: Path, architecture: str, dtype: torch.dtype = torch.float32, **changes: object
+) -> torch.nn.Module:
+    """A random Llama, Qwen3 or GPT2 of the vocabulary of tiny_run.py, saved to `path` without a tokenizer."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64, **shape, **changes}
+    if architecture == "GPT2":
+        config = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1,
+                  "eos_token_id": 2}  # fmt: skip
+    elif architecture == "Qwen3":
+        config["head_dim"] = 32
+    elif architecture == "Llama":
+        config |= {"bos_token_id": 1, "eos_token_id": 2}
+    suffix = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, architecture + suffix)(getattr(transformers, f"{architecture}Config")(**config))
+    model = model.to(dtype).eval()
+    model.save_pretrained(path)
+    return model  # type: ignore[no-any-return]
 
 
 def _sentence_piece() -> Tokenizer:

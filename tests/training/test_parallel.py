@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import train_worker
+from support.huggingface_folders import teacher_folder
 from support.processes import finish, start
 from support.tiny_run import model_config, training_config
 
@@ -35,7 +36,15 @@ STEPS = 6
 # fp32 sums in another order differ by 2^-24 of themselves, and six steps let that grow tenfold. In bf16 each process
 # rounds its own part of a weight's gradient (2^-9 of it); AdamW makes of a gradient near zero a whole step up or down: of 4
 # seeds on 2 and 4 processes, the 6 losses differed by at most 5e-7, 2e-5, 9e-5, 4e-4, 1.2e-3 and 1.0e-3.
-TOLERANCES = {"column": 5e-6, "shared": 5e-6, "micro": 5e-6, "background": 5e-6, "bf16": 4e-3, "cached": 5e-6}
+TOLERANCES = {
+    "column": 5e-6,
+    "shared": 5e-6,
+    "micro": 5e-6,
+    "background": 5e-6,
+    "bf16": 4e-3,
+    "cached": 5e-6,
+    "foreign": 5e-6,
+}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
@@ -52,7 +61,10 @@ def prepared(text: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
         "background": (model_config("row"), {"init": str(teacher)}, {"async_checkpoint": True}),
         "bf16": (model_config("column", **GROUPED), {"teacher_dtype": "bf16"}, {"bf16": True}),
         "cached": (model_config("column", **GROUPED), {}, {"cache_teacher": True}),
+        "foreign": (model_config("column", **GROUPED), {"teacher": str(folder / "gpt2")}, {}),
     }  # fmt: skip
+    teacher_folder(folder / "gpt2", "GPT2")  # its head is its embedding
+    shutil.copy(teacher / "tokenizer.json", folder / "gpt2")
     for kind, (config, how, changes) in kinds.items():
         training = training_config(
             **{"steps": STEPS, "batch_size": 8, "checkpoint_every": 3, "eval_every": STEPS, "bf16": False, **changes}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.errors import raises_line
+from support.huggingface_folders import teacher_folder as huggingface
 from support.tiny_run import model_config, training_config
 
 from fbiedge.errors import CheckpointError, UsageError
@@ -21,28 +22,6 @@ from fbiedge.training.run import RunPlan, execute_run, prepare_run
 from fbiedge.training.teacher import find_teacher, fitted, load_teacher, teacher_facts
 
 IDS = torch.arange(3, 35)[None]
-SHAPE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def huggingface(
-    path: Path, architecture: str, dtype: torch.dtype = torch.float32, **changes: object
-) -> torch.nn.Module:
-    """A random model of the transformers library, saved to `path`."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64, **SHAPE, **changes}
-    if architecture == "GPT2":
-        config = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1,
-                  "eos_token_id": 2}  # fmt: skip
-    elif architecture == "Qwen3":
-        config["head_dim"] = 32
-    elif architecture == "Llama":
-        config |= {"bos_token_id": 1, "eos_token_id": 2}
-    suffix = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, architecture + suffix)(getattr(transformers, f"{architecture}Config")(**config))
-    model = model.to(dtype).eval()
-    model.save_pretrained(path)
-    return model  # type: ignore[no-any-return]
 
 
 def logits(teacher: torch.nn.Module) -> torch.Tensor:

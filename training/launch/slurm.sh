@@ -35,7 +35,10 @@ fi
 code=0
 srun --kill-on-bad-exit=1 bash -c '
     RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec fbiedge train "$@"' fbiedge "$@" || code=$?
-if [[ $code -eq 130 || $code -eq 143 ]]; then  # 143: the data were still being prepared, which goes on where it stopped
+if [[ $code -eq 130 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
+elif [[ $code -eq 143 ]]; then
+    # Queued again, texts would be read from their start, and cut again. Amber's finished chunks stay.
+    echo "the time limit came while the data were prepared; do that once, alone: python -m fbiedge.training.corpus --help" >&2
 fi
 exit "$code"
