@@ -96,7 +96,13 @@ def export(
     texts = _Texts(measured=_read_some(verify_text), fitted=_read_some(calibration_text))
     weights = _open(source, {"tokenizer.json": read_text(tokenizer)} if tokenizer else {})
     _require_tokenizer(weights, source, kind)
-    forms = {option: value for option, value in (("head", head), ("embedding", embedding)) if value is not None}
+    trained = _trained_forms(source, kind)
+    forms = {part: value for part, value in (("head", head), ("embedding", embedding)) if value is not None}
+    is_decided = kind == "gguf" and weights.config.tie_word_embeddings  # the head, by the embedding
+    for part, value in (trained if ops is None and not genai else {}).items():
+        if part not in forms and not (part == "head" and is_decided):
+            forms[part] = value
+            terminal.print_text(f"{part} {value}, as it was trained")
     with terminal.progress_bar("exporting") as update:
 
         def progress(_name: str, done: int, total: int) -> None:
@@ -142,6 +148,17 @@ class _Texts:
 
     measured: str | None
     fitted: str | None
+
+
+def _trained_forms(source: Path, kind: str) -> dict[str, str]:
+    """How the model of a training run had its head and embedding rounded, as the format calls it."""
+    from .tensor_store import read_json
+
+    run = source.resolve().parent / "run.json"
+    training = read_json(run).get("training") if source.is_dir() and run.is_file() else None
+    names = {"int8": "int8", "int4": "int4"} if kind == "onnx" else {"int8": "q8_0"}
+    told = training if isinstance(training, dict) else {}
+    return {part: names[told[part]] for part in ("head", "embedding") if told.get(part) in names}
 
 
 def _read_some(path: Path | None) -> str | None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.tiny_run import model_config, training_config
 
+from fbiedge.cli import run as fbiedge
 from fbiedge.errors import UsageError
 from fbiedge.exporters.onnx import export_onnx, open_onnx
 from fbiedge.exporters.onnx.head import quantize_rows
@@ -105,6 +106,29 @@ def test_an_export_computes_what_training_computed(
         np.testing.assert_allclose(got, logits[0].numpy(), rtol=0, atol=2e-5 * logits.abs().max().item())
     plain = Reference(open_checkpoint(tmp_path / "run" / "model")).logits(ids[0].tolist())
     assert np.abs(plain - logits[0].numpy()).max() > 1e-3 * logits.abs().max()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_is_exported_as_it_was_trained(
+    tied: bool, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = training_config(steps=2, head="int8", embedding="int8")
+    config = model_config("column", tie_word_embeddings=tied, hidden_size=128, head_dim=64)
+    plan = RunPlan(model=config, training=training, teacher=None, shared_scales=True)
+    prepare_run(tmp_path / "run", plan, [text], [])
+    list(execute_run(tmp_path / "run"))
+    model, onnx, gguf = tmp_path / "run" / "model", tmp_path / "model.onnx", tmp_path / "model.gguf"
+    rounded = quantized(torch.from_numpy(open_checkpoint(model).tensor("model.embed_tokens.weight")), "int8").numpy()
+    assert fbiedge(["export", str(model), "-o", str(onnx)]) == 0
+    assert "embedding int8, as it was trained" in capsys.readouterr().out
+    np.testing.assert_array_equal(open_onnx(onnx).tensor("model.embed_tokens.weight"), rounded)
+    assert fbiedge(["export", str(model), "-o", str(gguf)]) == 0
+    printed = capsys.readouterr().out
+    assert "embedding q8_0, as it was trained" in printed and ("head q8_0" in printed) != tied
+    assert fbiedge(["export", str(model), "--embedding", "fp32", "--head", "fp32", "-o", str(onnx)]) == 0
+    assert "as it was trained" not in capsys.readouterr().out
+    plain = open_checkpoint(model).tensor("model.embed_tokens.weight")
+    np.testing.assert_array_equal(open_onnx(onnx).tensor("model.embed_tokens.weight"), plain)
 
 
 def test_a_tied_model_has_one_precision(text: Path, tmp_path: Path) -> None:
