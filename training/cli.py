@@ -178,10 +178,10 @@ def train(
         "min_learning_rate_ratio": min_learning_rate_ratio, "warmup_steps": warmup_steps,
         "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "grad_clip": grad_clip,
         "one_hot_share": one_hot_share, "head": head, "embedding": embedding, "loss_chunk": loss_chunk,
-        "loss_jump": loss_jump,
-        "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16, "cache_teacher": cache_teacher, "compile": compile_model,
-        "activation_checkpointing": activation_checkpointing, "checkpoint_every": checkpoint_every,
-        "async_checkpoint": async_checkpoint, "eval_every": eval_every, "eval_sequences": eval_sequences,
+        "loss_jump": loss_jump, "loss_jump_steps": loss_jump_steps, "seed": seed, "bf16": bf16,
+        "cache_teacher": cache_teacher, "compile": compile_model, "activation_checkpointing": activation_checkpointing,
+        "checkpoint_every": checkpoint_every, "async_checkpoint": async_checkpoint, "eval_every": eval_every,
+        "eval_sequences": eval_sequences,
     }  # fmt: skip
     with agreed(hours=True):
         if resume:

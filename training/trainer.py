@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -112,10 +113,13 @@ def train(
             state.finish()
             if not math.isfinite(loss + norm):
                 state.drop(step)  # the loss of that step was a number, what it made of the weights gives none
-            advice = "nothing was saved before; start again with a lower learning rate"
             if good := state.load():
                 save_model(model, run / "model", files)
                 advice = f"the state of step {good} is good; go on from it with --resume and a lower --learning-rate"
+            else:
+                advice = "nothing was saved before; start again with a lower learning rate"
+                if here.rank == 0:
+                    shutil.rmtree(run / "model", ignore_errors=True)
             raise spoken_by_first(DivergedError(f"{problem}; {advice}"))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)

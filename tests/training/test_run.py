@@ -162,13 +162,16 @@ def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_model_of_it(
+    every: int, text: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    plan = RunPlan(model=model_config("column"), training=training_config(learning_rate=1e20), teacher=None)
-    prepare_run(run, plan, [text], [])
+    training = training_config(learning_rate=1e20, checkpoint_every=every)
+    prepare_run(run, RunPlan(model=model_config("column"), training=training, teacher=None), [text], [])
     with pytest.raises(DivergedError, match="nothing was saved before; start again with a lower learning rate"):
         list(execute_run(run))
-    assert not (run / "model").exists() and not list(run.glob(".*"))
+    assert not (run / "model").exists() and not list(run.glob(".*")) and not saved_states(run)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
