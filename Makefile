@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 NATIVE := pyproject.toml constraints.txt $(shell find runtime_ops -name build -prune -o -type f -print)
 DATA ?= ../shared/data
 RUNS ?= runs/default
-MODEL ?= $(RUNS)/student-4/model
+MODEL ?= $(RUNS)/student-3/model
 ONNX ?= fbiedge/models/default.onnx
 TEXT ?= $(RUNS)/text/held_out_stories.txt
 
@@ -87,9 +87,9 @@ format: $(VENV)/dev.stamp  ## rewrite in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'runtime_ops/*.cc' 'runtime_ops/*.h')
 
-model: $(VENV)/dev.stamp  ## train the bundled model again from DATA and PRETRAINED, a folder of SmolLM2-135M (hours on two cores)
-	$(BIN)/python -m fbiedge.training.default_model --data $(DATA) --pretrained $(or $(PRETRAINED),$(error add PRETRAINED=FOLDER, of SmolLM2-135M)) --out $(RUNS)
-	$(BIN)/fbiedge export $(RUNS)/student-4/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
+model: $(VENV)/dev.stamp  ## train the bundled model again from DATA (hours on two cores)
+	$(BIN)/python -m fbiedge.training.default_model --data $(DATA) --out $(RUNS)
+	$(BIN)/fbiedge export $(RUNS)/student-3/model --to onnx --embedding fp16 -o fbiedge/models/default.onnx
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-peers-avx2 build

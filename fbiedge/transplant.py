@@ -39,7 +39,7 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     for a model that can't be trained and for tokenizers that can't be read, and OutputError.
     """
     source = open_checkpoint(model)
-    check_source(model, source)
+    _check_source(model, source)
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: text for name, text in read_sidecars(folder).items() if name != "generation_config.json"}
     if not tokenizer.is_dir():
@@ -62,7 +62,7 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     )
 
 
-def check_source(model: Path, source: Weights) -> None:
+def _check_source(model: Path, source: Weights) -> None:
     """Raises UsageError where `source`, read from `model`, can't be transplanted, or not be trained then."""
     config = source.config
     if config.scaling_pattern != "none":

@@ -1,15 +1,13 @@
 """The recipe of the bundled model: texts -> full-precision teacher -> binary student -> shared scales, in one command.
 
-    python -m fbiedge.training.default_model --data DATA --pretrained SMOLLM2 -o RUNS [--steps 1500,3600,...]
+    python -m fbiedge.training.default_model --data DATA -o RUNS [--steps 1500,3600,...]
 
 DATA holds the corpora of the model card (TinyStories, Synthetic-Persona-Chat, African Storybook) in the folders named
 below. Stories come in two forms: half as plain text, half as the answer to a request that names something in
 the story, so that a chat can ask for one. Dialogues become chats of user and assistant. The student learns with the
 published `column` scales; a fine-tune then lets q, k, v and gate, up share theirs, so that GGUF holds the model exactly.
-What bounds that student is its teacher, so the teacher then learns on, and the student from it, and both once more. What
-bounds that teacher is its little text. The fourth is therefore a pretrained model (SMOLLM2: a folder with SmolLM2-135M),
-given the vocabulary of the others, that has read the text less than once. Without --pretrained the recipe ends at the
-third. Interrupted, the same command goes on where it stopped.
+What bounds that student is its teacher, so the teacher then learns on, and the student from it, and both once more.
+Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,15 +28,12 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from fbiedge.config import ModelConfig, preset
+from fbiedge.config import preset
 from fbiedge.errors import FbiEdgeError, UsageError
 from fbiedge.files import atomic_file
-from fbiedge.transplant import check_source, transplant
-from fbiedge.weights import open_checkpoint
 
 from .checkpoint import load_model
 from .cli import STOPPED
-from .corpus import DataOptions
 from .evaluation import held_out_loss
 from .plan import RunPlan
 from .prepare import prepare_run
@@ -79,11 +74,8 @@ FINE_TUNE = replace(
 LONGER = replace(FINE_TUNE, warmup_steps=50, learning_rate=1.5e-3)
 STEPS = {
     "teacher": 1500, "student": 3600, "shared": 1000, "teacher-2": 800, "student-2": 1000, "teacher-3": 3000,
-    "student-3": 2400, "teacher-4": 420, "student-4": 1800,
+    "student-3": 2400,
 }  # fmt: skip
-# A large teacher is asked once about each window of a part of the text, which the student then reads again and again.
-TOKENS = {"student-4": 1_500_000}
-START = "start-4"  # the pretrained model with the vocabulary of the others
 LENGTHS = ",".join(map(str, STEPS.values()))
 
 # Things a child's story may be about; the first that a story names becomes the subject of the request for it.
@@ -180,11 +172,8 @@ def _documents(path: Path) -> Iterator[str]:
                 yield document.strip()
 
 
-def stages(out: Path, steps: Mapping[str, int] = STEPS, pretrained: ModelConfig | None = None) -> dict[str, RunPlan]:
-    """The runs below `out`, in their order, each of so many steps; a later one starts from earlier ones' models.
-
-    pretrained: of the model that the fourth teacher starts from; without one there is no fourth.
-    """
+def stages(out: Path, steps: Mapping[str, int] = STEPS) -> dict[str, RunPlan]:
+    """The runs below `out`, in their order, each of so many steps; a later one starts from earlier ones' models."""
 
     def model(name: str) -> str:
         return str((out / name / "model").resolve())
@@ -208,28 +197,16 @@ def stages(out: Path, steps: Mapping[str, int] = STEPS, pretrained: ModelConfig 
             init=model(student), shared_scales=True,
         )  # fmt: skip
         teacher, student = longer_teacher, longer_student
-    if pretrained is not None:
-        shape = replace(pretrained, vocab_size=MODEL.vocab_size, bos_token_id=1, eos_token_id=2)
-        short = replace(LONGER, batch_size=4, learning_rate=3e-4, warmup_steps=20, seed=SEED + 13)
-        plans["teacher-4"] = RunPlan(model=shape, training=short, teacher=None, init=str((out / START).resolve()))
-        plans["student-4"] = RunPlan(
-            model=MODEL, training=replace(LONGER, cache_teacher=True, seed=SEED + 15), teacher=model("teacher-4"),
-            init=model("student-3"), shared_scales=True,
-        )  # fmt: skip
     return {name: replace(plan, training=replace(plan.training, steps=steps[name])) for name, plan in plans.items()}
 
 
-def run_stage(
-    name: str, plan: RunPlan, data: Path, out: Path, console: Console, pretrained: Path | None = None
-) -> None:
+def run_stage(name: str, plan: RunPlan, data: Path, out: Path, console: Console) -> None:
     """Run one of `stages`, or what is left of it. Raises UsageError, and typer.Exit where Ctrl-C stopped it."""
 
     def prepare(run: Path) -> None:
         if not (out / "text" / "train.txt").exists():
             write_texts(data, out / "text")
-        if pretrained is not None and plan.init == str((out / START).resolve()):
-            transplant(pretrained, out / "teacher-3" / "model", out / START)
-        prepare_stage(run, plan, out / "text", TOKENS.get(name))
+        prepare_stage(run, plan, out / "text")
 
     train_or_resume(name, out / name, plan, prepare, console)
 
@@ -261,7 +238,6 @@ def check_corpora(data: Path) -> None:
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs.")],
-    pretrained: Annotated[Path | None, typer.Option(help="Folder of SmolLM2-135M, for the last two stages.")] = None,
     steps: Annotated[str, typer.Option(help=f"Optimizer steps of each stage: {', '.join(STEPS)}.")] = LENGTHS,
 ) -> None:
     """Train the teacher and the student of the bundled model, let the student share its scales, and train both longer."""
@@ -270,24 +246,18 @@ def main(
     lengths = steps.split(",")
     if len(lengths) != len(STEPS) or not all(map(str.isdecimal, lengths)):
         raise UsageError(f"--steps is {steps!r}, expected {len(STEPS)} numbers with commas between, as in {LENGTHS}")
-    shape = None
-    if pretrained is not None:
-        source = open_checkpoint(pretrained)
-        check_source(pretrained, source)
-        shape = source.config
-    plans = stages(out, dict(zip(STEPS, map(int, lengths), strict=True)), shape)
+    plans = stages(out, dict(zip(STEPS, map(int, lengths), strict=True)))
     for name, plan in plans.items():
-        run_stage(name, plan, data, out, console, pretrained)
+        run_stage(name, plan, data, out, console)
     console.rule("held-out")
     report(out, tuple(plans), console)
 
 
-def prepare_stage(run: Path, plan: RunPlan, texts: Path, tokens: int | None = None) -> None:
-    """Write the folder of one of the runs, with the texts of `write_texts`, or their first `tokens`."""
+def prepare_stage(run: Path, plan: RunPlan, texts: Path) -> None:
+    """Write the folder of one of the runs, with the texts of `write_texts`."""
     held_out = [texts / "held_out_stories.txt", texts / "held_out_dialogues.txt"]
     markers = (USER, ASSISTANT, END) if plan.teacher is None else ()  # others take their teacher's tokenizer
-    options = DataOptions(most_tokens=tokens)
-    prepare_run(run, plan, [texts / "train.txt"], held_out, None, markers, CHAT_TEMPLATE, GENERATION, options)
+    prepare_run(run, plan, [texts / "train.txt"], held_out, None, markers, CHAT_TEMPLATE, GENERATION)
 
 
 def report(out: Path, names: tuple[str, ...], console: Console) -> None:

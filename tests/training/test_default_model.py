@@ -17,13 +17,12 @@ from rich.console import Console
 from support.tiny_run import DOCUMENTS, model_config
 
 from fbiedge.errors import UsageError
-from fbiedge.initialize import init_checkpoint
 from fbiedge.training import default_model
 from fbiedge.training.checkpoint import load_model
 from fbiedge.training.run import RunPlan
 from fbiedge.weights import BinaryLinear, open_checkpoint
 
-STEPS = "4,4,3,2,3,2,3,2,3"
+STEPS = "4,4,3,2,3,2,3"
 
 
 @pytest.fixture
@@ -51,34 +50,19 @@ def small_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data
 
 
-@pytest.fixture
-def pretrained(tmp_path: Path) -> Path:
-    """A model with another shape and vocabulary."""
-    init_checkpoint(model_config("none", vocab_size=259, num_hidden_layers=3), tmp_path / "pretrained")
-    return tmp_path / "pretrained"
-
-
-def test_without_a_pretrained_model_it_ends_at_the_third_edition(small_recipe: Path, tmp_path: Path) -> None:
-    assert list(default_model.stages(tmp_path)) == list(default_model.STEPS)[:-2]
-
-
-def test_one_command_makes_all_teachers_and_students(small_recipe: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_one_command_makes_teacher_student_and_the_student_with_shared_scales(
+    small_recipe: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "runs"
-    default_model.main(small_recipe, out, pretrained, STEPS)
+    default_model.main(small_recipe, out, STEPS)
     rows = json.loads((out / "report.json").read_text())
     assert [(row["model"], row["text"]) for row in rows] == [
         (model, text) for model in default_model.STEPS for text in ("held_out_stories", "held_out_dialogues")
     ]
-    plan, last = RunPlan.load(out / "shared"), RunPlan.load(out / "student-4")
+    plan, last = RunPlan.load(out / "shared"), RunPlan.load(out / "student-3")
     assert plan.scaling == last.scaling == "column-shared" and plan.init == str(out / "student" / "model")
-    assert last.init == str(out / "student-3" / "model") and last.teacher == str(out / "teacher-4" / "model")
-    assert last.training.cache_teacher
-    fourth = RunPlan.load(out / "teacher-4")
-    assert fourth.init == str(out / "start-4") and fourth.model.num_hidden_layers == 3
-    assert (
-        (open_checkpoint(out / "start-4").files["tokenizer.json"]) == (out / "teacher" / "tokenizer.json").read_text()
-    )
-    weights = open_checkpoint(out / "student-4" / "model")
+    assert last.init == str(out / "student-2" / "model") and last.teacher == str(out / "teacher-3" / "model")
+    weights = open_checkpoint(out / "student-3" / "model")
     student = open_checkpoint(out / "student" / "model")
     assert weights.files == student.files  # tokenizer, chat template, generation settings
     assert weights.config == student.config
@@ -86,11 +70,10 @@ def test_one_command_makes_all_teachers_and_students(small_recipe: Path, pretrai
     assert isinstance(q, BinaryLinear) and isinstance(k, BinaryLinear) and isinstance(v, BinaryLinear)
     assert np.array_equal(q.alpha, k.alpha) and np.array_equal(q.alpha, v.alpha)
 
-    before = load_model(out / "student-4" / "model").state_dict()
-    default_model.main(small_recipe, out, pretrained, STEPS)  # nothing is left to do
-    after = load_model(out / "student-4" / "model").state_dict()
+    before = load_model(out / "student-3" / "model").state_dict()
+    default_model.main(small_recipe, out, STEPS)  # nothing is left to do
+    after = load_model(out / "student-3" / "model").state_dict()
     assert all(before[name].equal(after[name]) for name in before)
-    assert not (out / "student-4" / "teacher").exists()
 
 
 def test_placeholders_of_dialogues_become_names() -> None:
@@ -106,10 +89,10 @@ def test_placeholders_of_dialogues_become_names() -> None:
     assert named[2] == ("1", f"Nice to meet you, {found[1]}! I live in [city].")
 
 
-@pytest.mark.parametrize("steps", ["", "1,2,3", "1,2,3,4,5,6,7,8,x"])
-def test_steps_of_other_than_nine_numbers_are_refused(small_recipe: Path, tmp_path: Path, steps: str) -> None:
-    with pytest.raises(UsageError, match=r"--steps is .* expected 9 numbers with commas between"):
-        default_model.main(small_recipe, tmp_path / "runs", steps=steps)
+@pytest.mark.parametrize("steps", ["", "1,2,3", "1,2,3,4,5,6,x"])
+def test_steps_of_other_than_seven_numbers_are_refused(small_recipe: Path, tmp_path: Path, steps: str) -> None:
+    with pytest.raises(UsageError, match=r"--steps is .* expected 7 numbers with commas between"):
+        default_model.main(small_recipe, tmp_path / "runs", steps)
     assert not (tmp_path / "runs").exists()
 
 
@@ -124,12 +107,3 @@ def test_a_stage_begun_with_other_settings_is_not_gone_on_with(small_recipe: Pat
 def test_missing_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"train_head_recased_4M.txt.xz is missing"):
         default_model.main(tmp_path, tmp_path / "runs")
-
-
-def test_a_model_that_cannot_be_the_fourth_teacher_is_refused_before_the_first(
-    small_recipe: Path, tmp_path: Path
-) -> None:
-    init_checkpoint(model_config("column"), tmp_path / "binary")
-    with pytest.raises(UsageError, match=r"binary is binary \(column\), expected full precision"):
-        default_model.main(small_recipe, tmp_path / "runs", tmp_path / "binary", STEPS)
-    assert not (tmp_path / "runs").exists()
