@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fbiedge.evaluation import encode
 from fbiedge.exporters.onnx import export_onnx
 from fbiedge.metrics import compare_logits, perplexity
 from fbiedge.ops_library import active_isa, available_isas
@@ -114,7 +115,8 @@ def main() -> None:
                 export_onnx(weights, path, **options)  # type: ignore[arg-type]
             with kernels(engine.kernels):
                 sessions.append(Session.open(path, threads=1))
-        ids = Tokenizer.from_model(sessions[0].model).encode(arguments.text.read_text(encoding="utf-8"))
+        model = sessions[0].model
+        ids = encode(Tokenizer.from_model(model), arguments.text.read_text(encoding="utf-8"), model.config.vocab_size)
         windows = [ids[i : i + length] for i in range(0, len(ids) - length, length)][: arguments.windows]
         targets = np.concatenate([window[1:] for window in windows])
 
