@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .cli_support import read_text
 from .errors import ModelFileError, UsageError
 from .tokenizer import Tokenizer
 from .weights import Weights, expected_shapes, json_sidecar, open_checkpoint, read_sidecars, write_checkpoint
@@ -43,7 +44,7 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: text for name, text in read_sidecars(folder).items() if name != "generation_config.json"}
     if not tokenizer.is_dir():
-        files = {"tokenizer.json": _text(tokenizer), **{n: t for n, t in files.items() if n != "tokenizer.json"}}
+        files = files | {"tokenizer.json": read_text(tokenizer)}
     if "tokenizer.json" not in files:
         raise UsageError(f"{tokenizer} has no tokenizer.json; name one")
     ours = _tokenizer(files, tokenizer)
@@ -123,10 +124,3 @@ def _tokenizer(files: Mapping[str, str], path: Path) -> Tokenizer:
         raise UsageError(
             f"the tokenizer of {path} can't be read; name a tokenizer.json of Hugging Face's form"
         ) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read {path}: {error}") from error

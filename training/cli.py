@@ -259,18 +259,15 @@ def train(
     plan = RunPlan.load(out)
     if plan.shared_scales:
         console.print("scales of o_proj and down_proj are stored rounded to fp16, so that GGUF holds them exactly")
-        console.print(_export_hint(plan, out, "gguf", {"int8": "q8_0"}), soft_wrap=True)
+        console.print(_next_export(out, "gguf"), soft_wrap=True)
     elif plan.model.scaling_pattern == "none":
         console.print(f"next: fbiedge train --teacher {out / 'model'} --data ... -o STUDENT", soft_wrap=True)
     else:
-        console.print(_export_hint(plan, out, "onnx", {"int8": "int8", "int4": "int4"}), soft_wrap=True)
+        console.print(_next_export(out, "onnx"), soft_wrap=True)
 
 
-def _export_hint(plan: RunPlan, out: Path, to: str, forms: dict[str, str]) -> str:
-    """The export that holds head and embedding as they were trained; `forms`: what that format calls theirs."""
-    parts = {"head": plan.training.head, "embedding": plan.training.embedding}
-    options = "".join(f" --{part} {forms[form]}" for part, form in parts.items() if form in forms)
-    return f"next: fbiedge export {out / 'model'} --to {to}{options} -o model.{to}"
+def _next_export(out: Path, to: str) -> str:
+    return f"next: fbiedge export {out / 'model'} --to {to} -o model.{to}"
 
 
 def _watched(plan: RunPlan, tensorboard: bool | None, wandb: str | None, peak_tflops: float | None) -> RunPlan:
