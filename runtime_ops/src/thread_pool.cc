@@ -27,10 +27,12 @@ void relax() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(size_t threads) {
+ThreadPool::ThreadPool(size_t threads) : shares_(std::max<size_t>(threads, 1)) {
     try {
-        workers_.reserve(threads > 1 ? threads - 1 : 0);
-        while (workers_.size() + 1 < threads) workers_.emplace_back([this] { work(); });
+        workers_.reserve(shares_.size() - 1);
+        for (size_t thread = 1; thread < shares_.size(); ++thread) {
+            workers_.emplace_back([this, thread] { work(thread); });
+        }
     } catch (const std::exception&) {
         return;  // no more threads, or no memory for one: works with what it got
     }
@@ -54,8 +56,14 @@ void ThreadPool::run(size_t count, void (*fn)(void*, size_t), void* data) {
     }
     fn_ = fn;
     data_ = data;
-    count_ = count;
-    next_.store(0, std::memory_order_relaxed);
+    const size_t shares = workers_.size() + 1;
+    // Rounded up: where pieces are fewer than threads, the caller has one, by which it measures how long others may
+    // take.
+    const auto first = [count, shares](size_t share) { return (count * share + shares - 1) / shares; };
+    for (size_t i = 0; i < shares; ++i) {
+        shares_[i].next.store(first(i), std::memory_order_relaxed);
+        shares_[i].end = first(i + 1);
+    }
     open_.store(true);
     epoch_.fetch_add(1);
     if (sleeping_.load() > 0) {
@@ -63,26 +71,35 @@ void ThreadPool::run(size_t count, void (*fn)(void*, size_t), void* data) {
         wake_.notify_all();
     }
     Patience patience(begin);
-    for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        fn(data, i);
-        patience.after_piece();
-    }
+    take_pieces(0, [&patience] { patience.after_piece(); });
     open_.store(false);
     while (joined_.load() != 0) relax();
     patience.after_region();
 }
 
+// The thread's own share, then what is left of the others'.
+template <typename AfterPiece>
+void ThreadPool::take_pieces(size_t thread, AfterPiece after_piece) {
+    const size_t shares = workers_.size() + 1;
+    for (size_t i = 0; i < shares; ++i) {
+        Share& share = shares_[(thread + i) % shares];
+        // A look writes nothing, which matters to many threads at the end of a region.
+        if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+        for (size_t piece; (piece = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+            fn_(data_, piece);
+            after_piece();
+        }
+    }
+}
+
 // A worker counts itself before it looks whether the region is open, and the caller closes the region before it looks
 // at the count: so either the worker sees it closed, or the caller sees the worker. All of this in the one order that
 // sequentially consistent operations have.
-void ThreadPool::work() {
+void ThreadPool::work(size_t thread) {
     for (uint32_t seen = 0; wait_for_region(seen);) {
         seen = epoch_.load();
         joined_.fetch_add(1);
-        if (open_.load()) {
-            const size_t count = count_;
-            for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) fn_(data_, i);
-        }
+        if (open_.load()) take_pieces(thread, [] {});
         joined_.fetch_sub(1);
     }
 }
