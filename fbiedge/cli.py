@@ -247,7 +247,12 @@ def _discard_stdout() -> None:
 
 def main() -> None:
     """Entry point of the command `fbiedge`."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    parallel = sys.modules.get("fbiedge.training.parallel")  # a training, maybe on many processes
+    (sys.exit if parallel is None else parallel.leave)(code)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,21 @@ def joined() -> Iterator[None]:
         if not is_lost_connection(error):
             raise
         raise lost_connection(error) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`; where it was one of many, without taking the interpreter apart.
+
+    gloo's threads outlive their groups, and no call ends them. One that lets go of a tensor while the interpreter is taken
+    apart aborts the process, so its exit code would be SIGABRT's (PyTorch 2.13; seen in 6 of 180 launches on a busy
+    machine). What must be closed at the end is closed before this.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def lost_connection(error: BaseException) -> FbiEdgeError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fbiedge.errors import FbiEdgeError
-from fbiedge.training.parallel import is_first, joined
+from fbiedge.training.parallel import is_first, joined, leave
 from fbiedge.training.run import execute_run
 
 
@@ -35,10 +35,14 @@ def run(folder: str, *words: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    code = 0
     try:
         with joined():
             for argument in sys.argv[1:]:
                 run(*argument.split(":"))
     except FbiEdgeError as error:
         print(f"error: {error}")
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    leave(code)
