@@ -145,6 +145,11 @@ def init(
     terminal.print_text(f"wrote {output}")
 
 
+def _require_new(output: Path) -> None:
+    if (output / "config.json").exists():
+        raise UsageError(f"{output} holds a checkpoint already, which would be replaced; choose a new folder")
+
+
 @app.command()
 def transplant(
     model: Annotated[Path, typer.Argument(help="folder of a full-precision Llama, with its tokenizer.json")],
@@ -156,13 +161,33 @@ def transplant(
 
     with extra("export"):
         from .transplant import transplant as run
-    if (output / "config.json").exists():
-        raise UsageError(f"{output} holds a checkpoint already, which would be replaced; choose a new folder")
+    _require_new(output)
     rows = run(model, tokenizer, output)
     rest = rows.pieces - rows.own - rows.spelled
     terminal.print_text(
         f"wrote {output}: {rows.pieces} pieces, {rows.own} with a row of the model's, {rows.spelled} spelled with several"
         + (f", {rest} with none" if rest else "")
+    )
+
+
+@app.command()
+def widen(
+    model: Annotated[Path, typer.Argument(help="checkpoint folder of a binary model")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
+    factor: Annotated[int, typer.Option(help="how many copies of every unit and head")] = 2,
+    seed: Annotated[int, typer.Option(help="of the latents' distances from zero")] = 0,
+) -> None:
+    """Write a wider model that computes the same, to train on from with `fbiedge train --init`."""
+    from . import terminal
+
+    with extra("export"):
+        from .widen import widen as run
+    _require_new(output)
+    if seed < 0:
+        raise UsageError(f"seed is {seed}, expected a whole number of at least 0")
+    wide = run(model, output, factor, seed)
+    terminal.print_text(
+        f"wrote {output}: hidden size {wide.hidden_size}, {wide.num_attention_heads} heads, {factor * factor} times the signs"
     )
 
 

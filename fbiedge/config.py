@@ -135,6 +135,12 @@ class ModelConfig:
             **fields,
         }
 
+    def check_trainable(self, whose: str) -> None:
+        """Raises UsageError for a model that training would compute as another one; `whose` it is begins the message."""
+        if self.model_type != "llama" or self.rope_scaling is not None:
+            what = f"a {self.model_type}" if self.rope_scaling is None else "a Llama with scaled RoPE"
+            raise UsageError(f"{whose} is {what}; training knows a Llama with unscaled RoPE only")
+
     @property
     def has_head_norms(self) -> bool:
         """Whether each head of queries and keys is normalised, with weights q_norm and k_norm [head_dim]."""

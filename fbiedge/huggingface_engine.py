@@ -54,7 +54,7 @@ class HuggingFaceLogits:
         if threads is not None:
             torch.set_num_threads(threads)
         auto: Any = transformers.AutoModelForCausalLM
-        with _hushed(transformers), _as_checkpoint_error(path):
+        with hushed(transformers), _as_checkpoint_error(path):
             self._model, loading = auto.from_pretrained(
                 path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
@@ -127,7 +127,7 @@ def _tokenizer(path: Path, transformers: Any) -> Tokenizer | None:
     if (found := tokenizer_of(read_sidecars(path))) is not None:
         return found
     try:
-        with _hushed(transformers):
+        with hushed(transformers):
             other = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if set(other.get_vocab()) <= set(other.all_special_tokens):
             return None  # what transformers makes where there are no files at all
@@ -154,7 +154,7 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hushed(transformers: Any) -> Iterator[None]:
+def hushed(transformers: Any) -> Iterator[None]:
     """Without the bars, reports and warnings that transformers and torch print; what matters in them is checked here."""
     logging_ = transformers.utils.logging
     before = logging_.get_verbosity(), logging_.is_progress_bar_enabled()

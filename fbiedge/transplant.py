@@ -39,8 +39,7 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     What lies beside the tokenizer (its configuration, a chat template) comes along. Raises CheckpointError, UsageError
     for a model that can't be trained and for tokenizers that can't be read, and OutputError.
     """
-    source = open_checkpoint(model)
-    _check_source(model, source)
+    source, theirs = _read_source(model)
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: text for name, text in read_sidecars(folder).items() if name != "generation_config.json"}
     if not tokenizer.is_dir():
@@ -48,7 +47,6 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     if "tokenizer.json" not in files:
         raise UsageError(f"{tokenizer} has no tokenizer.json; name one")
     ours = _tokenizer(files, tokenizer)
-    theirs = _tokenizer(source.files, model)
     ends = _ends(ours, tokenizer)
     own_ends = (source.config.bos_token_id, source.config.eos_token_id)
     rows = _rows(theirs, ours, source.config.vocab_size) | {
@@ -63,18 +61,18 @@ def transplant(model: Path, tokenizer: Path, out: Path) -> Transplant:
     )
 
 
-def _check_source(model: Path, source: Weights) -> None:
-    """Raises UsageError where `source`, read from `model`, can't be transplanted, or not be trained then."""
+def _read_source(model: Path) -> tuple[Weights, Tokenizer]:
+    """What `transplant` takes. Raises CheckpointError, and UsageError where it can't be transplanted, or not be trained then."""
+    source = open_checkpoint(model)
     config = source.config
     if config.scaling_pattern != "none":
         raise UsageError(
             f"{model} is binary ({config.scaling_pattern}), expected full precision; transplant its teacher"
         )
-    if config.model_type != "llama" or config.rope_scaling is not None:
-        what = config.model_type if config.rope_scaling is None else "Llama with scaled RoPE"
-        raise UsageError(f"{model} is a {what}, which can't be trained here; choose a Llama with unscaled RoPE")
+    config.check_trainable(str(model))
     if "tokenizer.json" not in source.files:
         raise UsageError(f"{model} has no tokenizer.json, which says what its rows stand for; put it there")
+    return source, _tokenizer(source.files, model)
 
 
 def _rows(theirs: Tokenizer, ours: Tokenizer, own_rows: int) -> dict[int, list[int]]:

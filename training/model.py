@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fbiedge.config import BLOCK_SIZE, ModelConfig, ScalingPattern
-from fbiedge.errors import UsageError
 
 from .quantized_head import Embedding
 
@@ -165,19 +164,12 @@ class Decoder(nn.Module):
         return out
 
 
-def check_trainable(config: ModelConfig) -> None:
-    """Raises UsageError for a model that a `Llama` would compute as another one."""
-    if config.model_type != "llama" or config.rope_scaling is not None:
-        what = f"model_type {config.model_type!r}" if config.rope_scaling is None else "rope_scaling"
-        raise UsageError(f"the config has {what}; training knows a Llama with unscaled RoPE only")
-
-
 class Llama(nn.Module):
     """ids int64 [B, T] -> logits [B, T, vocab]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        check_trainable(config)
+        config.check_trainable("this model")
         self.config = config
         self.shared_scales = False  # see shared_scales.py
         self.model = Decoder(config)

@@ -18,7 +18,6 @@ from fbiedge.weights import open_checkpoint
 from .corpus import PARTS, DataOptions, Vocabulary, check_ids, open_part, summary, write_corpus
 from .data import Batches
 from .documents import split_held_out
-from .model import check_trainable
 from .plan import RunPlan
 from .records import Corrupt
 from .sources import Sources
@@ -45,7 +44,7 @@ def prepare_run(
     chat template and generation settings go on where none are given. Raises UsageError for unusable data, a tokenizer that
     doesn't fit the model's vocabulary, or a teacher or a starting checkpoint that doesn't fit.
     """
-    check_trainable(plan.model)
+    plan.model.check_trainable("the model")
     head, embedding = plan.training.head, plan.training.embedding
     if plan.model.tie_word_embeddings and head != embedding:
         raise UsageError(

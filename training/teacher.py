@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fbiedge.config import ModelConfig
 from fbiedge.errors import CheckpointError, FbiEdgeError, UsageError, printable
+from fbiedge.huggingface_engine import hushed
 from fbiedge.tensor_store import read_json
 from fbiedge.weights import open_checkpoint
 
 from .checkpoint import load_model
-from .model import check_trainable
 from .plan import TeacherDtype
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -67,7 +67,7 @@ def teacher_facts(folder: Path) -> TeacherFacts:
     raw = read_json(folder / "config.json") if folder.is_dir() else {}
     if not raw or _is_llama(raw):
         config = open_checkpoint(folder).config
-        check_trainable(config)
+        config.check_trainable("the teacher")
         return TeacherFacts(
             vocab_size=config.vocab_size, positions=config.max_position_embeddings, bos=config.bos_token_id,
             eos=config.eos_token_id, is_llama=True,
@@ -107,9 +107,10 @@ class ForeignTeacher(nn.Module):
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         super().__init__()
-        auto = _transformers(folder, read_json(folder / "config.json")).AutoModelForCausalLM
+        transformers = _transformers(folder, read_json(folder / "config.json"))
         try:
-            whole = auto.from_pretrained(folder, dtype=dtype).eval()
+            with hushed(transformers):
+                whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         except Exception as error:  # of whatever the architecture's own code finds
             raise CheckpointError(f"{folder}: transformers can't load it ({_first_line(error)})") from error
         self.body: nn.Module = whole.base_model
@@ -136,7 +137,7 @@ def _is_llama(raw: dict[str, Any]) -> bool:
     if raw.get("model_type", "llama") != "llama":
         return False
     try:
-        check_trainable(ModelConfig.from_dict(raw))
+        ModelConfig.from_dict(raw).check_trainable("the teacher")
     except FbiEdgeError:
         return False
     return True

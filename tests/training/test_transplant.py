@@ -102,7 +102,7 @@ def test_what_cannot_be_transplanted_is_named(
         (teacher, tmp_path / "none" / "tokenizer.json", "can't read"),
         (teacher, endless, "has no <|stop|>; name both ends in tokenizer_config.json"),
         (tmp_path / "none", vocabulary, "config.json"),
-        (tmp_path / "qwen3", vocabulary, "is a qwen3, which can't be trained here; choose a Llama with unscaled RoPE"),
+        (tmp_path / "qwen3", vocabulary, "is a qwen3; training knows a Llama with unscaled RoPE only"),
         (teacher, tmp_path / "odd.json", "odd.json can't be read; name a tokenizer.json"),
     ):
         assert fbiedge(["transplant", str(model), str(tokenizer), "-o", str(tmp_path / "out")]) == 2
