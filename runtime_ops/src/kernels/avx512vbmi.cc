@@ -104,19 +104,27 @@ struct Gathered {
     __m512i low_u8x64, high_i8x64;
 };
 
-void gather(Gathered& sums, __m512i index_u8x64, __m512i low_table_u8x64, __m512i high_table_i8x64) {
-    sums.low_u8x64 = _mm512_add_epi8(sums.low_u8x64, _mm512_permutexvar_epi8(index_u8x64, low_table_u8x64));
-    sums.high_i8x64 = _mm512_add_epi8(sums.high_i8x64, _mm512_permutexvar_epi8(index_u8x64, high_table_i8x64));
+// The tables of one half of a tile's inputs.
+struct Tables {
+    __m512i low_u8x64, high_i8x64;
+};
+
+Tables tables_at(const uint8_t* at) { return {_mm512_load_si512(at), _mm512_load_si512(at + kTableBytes)}; }
+
+void gather(Gathered& sums, __m512i index_u8x64, const Tables& tables) {
+    sums.low_u8x64 = _mm512_add_epi8(sums.low_u8x64, _mm512_permutexvar_epi8(index_u8x64, tables.low_u8x64));
+    sums.high_i8x64 = _mm512_add_epi8(sums.high_i8x64, _mm512_permutexvar_epi8(index_u8x64, tables.high_i8x64));
 }
 
 // total + d * (scale * float(I)), every operation rounded on its own.
+template <bool kBlocks>
 __m512 add_group(const MultiplyArgs& a, size_t tile, size_t group, __m512 total_f32x16, const Gathered& sums,
                  int32_t negative_sum, float scale) {
     __m512i value_i32x16 = _mm512_set1_epi32(negative_sum);
     value_i32x16 = _mm512_dpbusd_epi32(value_i32x16, sums.low_u8x64, _mm512_set1_epi8(2));
     value_i32x16 = _mm512_dpbusd_epi32(value_i32x16, _mm512_set1_epi8(64), sums.high_i8x64);
     __m512 value_f32x16 = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(value_i32x16));
-    if (a.block_scales) value_f32x16 = _mm512_mul_ps(block_scales(a, tile, group), value_f32x16);
+    if (kBlocks) value_f32x16 = _mm512_mul_ps(block_scales(a, tile, group), value_f32x16);
     return _mm512_add_ps(total_f32x16, value_f32x16);
 }
 
@@ -132,12 +140,13 @@ Token token_at(const MultiplyArgs& a, const TableLayout& layout, size_t index) {
             reinterpret_cast<const int32_t*>(token + layout.sums_at), token + layout.tables_at};
 }
 
-// Few tokens: weights come from memory, once, and indices are made as they come.
-template <int kTiles, int kTokens>
+// Few tokens: weights come from memory, once, and indices are made as they come. Tables are loaded once for all tiles,
+// because a core loads 64 bytes a cycle: with tables for each tile, that would be the limit.
+template <int kTiles, int kTokens, bool kBlocks>
 void stream_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile, size_t first_token) {
-    const uint8_t* bits = a.tiles + tile * a.k_tiles * kTileBytes;
     const size_t tile_stride = a.k_tiles * kTileBytes;
     const size_t ahead = prefetch_distance(kTiles * tile_stride);
+    const uint8_t* bits = a.tiles + tile * tile_stride;
     Token tokens[kTokens];
     for (int t = 0; t < kTokens; ++t) tokens[t] = token_at(a, layout, first_token + t);
     __m512 total_f32x16[kTiles][kTokens];
@@ -151,24 +160,26 @@ void stream_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile,
             for (int t = 0; t < kTokens; ++t) sums[n][t] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         }
         for (size_t k_tile = group * kGroupTiles; k_tile < last; ++k_tile) {
+            Tables tables[kHalves][kTokens];
+            for (int t = 0; t < kTokens; ++t) {
+                const uint8_t* at = tokens[t].tables + k_tile * kTileTables;
+                for (size_t half = 0; half < kHalves; ++half) tables[half][t] = tables_at(at + half * kHalfBytes);
+            }
             for (int n = 0; n < kTiles; ++n) {
                 const uint8_t* at = bits + n * tile_stride + k_tile * kTileBytes;
-                prefetch(at + ahead);
+                // In the order of memory, though the tiles are read in turns: 5 % sooner (1.3B shapes).
+                prefetch(bits + ahead + (k_tile * kTiles + n) * kTileBytes);
                 const __m512i v_u8x64 = _mm512_loadu_si512(at);
                 for (size_t half = 0; half < kHalves; ++half) {
                     const __m512i index_u8x64 = index_of_half(v_u8x64, half);
-                    for (int t = 0; t < kTokens; ++t) {
-                        const uint8_t* table = tokens[t].tables + k_tile * kTileTables + half * kHalfBytes;
-                        gather(sums[n][t], index_u8x64, _mm512_load_si512(table),
-                               _mm512_load_si512(table + kTableBytes));
-                    }
+                    for (int t = 0; t < kTokens; ++t) gather(sums[n][t], index_u8x64, tables[half][t]);
                 }
             }
         }
         for (int n = 0; n < kTiles; ++n) {
             for (int t = 0; t < kTokens; ++t) {
-                total_f32x16[n][t] = add_group(a, tile + n, group, total_f32x16[n][t], sums[n][t],
-                                               tokens[t].negative_sums[group], tokens[t].scales[group]);
+                total_f32x16[n][t] = add_group<kBlocks>(a, tile + n, group, total_f32x16[n][t], sums[n][t],
+                                                        tokens[t].negative_sums[group], tokens[t].scales[group]);
             }
         }
     }
@@ -198,6 +209,7 @@ void make_indices(const MultiplyArgs& a, size_t tile, size_t first_k_tile, size_
     }
 }
 
+template <bool kBlocks>
 void gather_block(const MultiplyArgs& a, const TableLayout& layout, size_t tile, size_t group, size_t n_halves,
                   size_t first_token, SharedState& state) {
     Token tokens[kBlockTokens];
@@ -207,11 +219,10 @@ void gather_block(const MultiplyArgs& a, const TableLayout& layout, size_t tile,
         for (int t = 0; t < kBlockTokens; ++t) sums[n][t] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     }
     for (size_t half = 0; half < n_halves; ++half) {
-        for (int n = 0; n < kSharedTiles; ++n) {
-            const __m512i index_u8x64 = _mm512_load_si512(state.indices[half][n]);
-            for (int t = 0; t < kBlockTokens; ++t) {
-                const uint8_t* table = tokens[t].tables + group * kGroupTables + half * kHalfBytes;
-                gather(sums[n][t], index_u8x64, _mm512_load_si512(table), _mm512_load_si512(table + kTableBytes));
+        for (int t = 0; t < kBlockTokens; ++t) {
+            const Tables tables = tables_at(tokens[t].tables + group * kGroupTables + half * kHalfBytes);
+            for (int n = 0; n < kSharedTiles; ++n) {
+                gather(sums[n][t], _mm512_load_si512(state.indices[half][n]), tables);
             }
         }
     }
@@ -220,18 +231,19 @@ void gather_block(const MultiplyArgs& a, const TableLayout& layout, size_t tile,
         for (int n = 0; n < kSharedTiles; ++n) {
             float* totals = state.totals[first_token + t][n];
             const __m512 total_f32x16 = _mm512_maskz_load_ps(not_first, totals);
-            _mm512_store_ps(totals, add_group(a, tile + n, group, total_f32x16, sums[n][t],
-                                              tokens[t].negative_sums[group], tokens[t].scales[group]));
+            _mm512_store_ps(totals, add_group<kBlocks>(a, tile + n, group, total_f32x16, sums[n][t],
+                                                       tokens[t].negative_sums[group], tokens[t].scales[group]));
         }
     }
 }
 
+template <bool kBlocks>
 void share_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile, size_t n_tokens, SharedState& state) {
     for (size_t group = 0; group < layout.groups; ++group) {
         const size_t first_k_tile = group * kGroupTiles, k_tiles = min_size(a.k_tiles - first_k_tile, kGroupTiles);
         make_indices(a, tile, first_k_tile, k_tiles, state);
         for (size_t token = 0; token < n_tokens; token += kBlockTokens) {
-            gather_block(a, layout, tile, group, k_tiles * kHalves, token, state);
+            gather_block<kBlocks>(a, layout, tile, group, k_tiles * kHalves, token, state);
         }
     }
     for (size_t token = 0; token < n_tokens; ++token) {
@@ -239,23 +251,31 @@ void share_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile, 
     }
 }
 
-template <int kTiles>
+template <int kTiles, bool kBlocks>
 void stream_tokens(const MultiplyArgs& a, const TableLayout& layout, size_t tile, size_t token) {
-    for (; token + 2 <= a.m; token += 2) stream_tiles<kTiles, 2>(a, layout, tile, token);
-    if (token < a.m) stream_tiles<kTiles, 1>(a, layout, tile, token);
+    constexpr int kPairTiles = kTiles < 2 ? kTiles : 2;  // of two tokens; more would not fit the registers
+    for (; token + 2 <= a.m; token += 2) {
+        for (int n = 0; n < kTiles; n += kPairTiles) {
+            stream_tiles<kPairTiles, 2, kBlocks>(a, layout, tile + n, token);
+        }
+    }
+    if (token < a.m) stream_tiles<kTiles, 1, kBlocks>(a, layout, tile, token);
 }
 
-void binary_matmul_int8_avx512vbmi(const MultiplyArgs& a) {
+template <bool kBlocks>
+void multiply(const MultiplyArgs& a) {
     const TableLayout layout = table_layout(a.k);
     const size_t shared = a.m < 8 ? 0 : a.m / kBlockTokens * kBlockTokens;
     SharedState state;
     size_t tile = 0;
     for (; tile + kSharedTiles <= a.n_tiles; tile += kSharedTiles) {
-        if (shared > 0) share_tiles(a, layout, tile, shared, state);
-        for (int n = 0; n < kSharedTiles; n += 2) stream_tokens<2>(a, layout, tile + n, shared);
+        if (shared > 0) share_tiles<kBlocks>(a, layout, tile, shared, state);
+        stream_tokens<kSharedTiles, kBlocks>(a, layout, tile, shared);
     }
-    for (; tile < a.n_tiles; ++tile) stream_tokens<1>(a, layout, tile, 0);
+    for (; tile < a.n_tiles; ++tile) stream_tokens<1, kBlocks>(a, layout, tile, 0);
 }
+
+void binary_matmul_int8_avx512vbmi(const MultiplyArgs& a) { a.block_scales ? multiply<true>(a) : multiply<false>(a); }
 
 }  // namespace
 
