@@ -107,8 +107,8 @@ def leave(code: int) -> NoReturn:
     """End this process with `code`; where it was one of many, without taking the interpreter apart.
 
     gloo's threads outlive their groups, and no call ends them. One that lets go of a tensor while the interpreter is taken
-    apart aborts the process, so its exit code would be SIGABRT's (PyTorch 2.13; seen in 6 of 180 launches on a busy
-    machine). What must be closed at the end is closed before this.
+    apart aborts the process, with SIGABRT's exit code (PyTorch 2.13; 6 of 180 launches on a busy machine, made likely by a
+    main thread that doesn't give way). What must be closed at the end is closed before this.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
