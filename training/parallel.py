@@ -76,13 +76,18 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def _is_alone() -> bool:
+    """Whether the launch has one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes of the launch, and part from them; nothing to do for one process.
 
     Inside, an error that process 0 reports ends this one silently, and a connection that breaks becomes a FbiEdgeError.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _is_alone():
         yield
         return
     if cuda := torch.cuda.is_available():
@@ -110,7 +115,7 @@ def leave(code: int) -> NoReturn:
     apart aborts the process, with SIGABRT's exit code (PyTorch 2.13; 6 of 180 launches on a busy machine, made likely by a
     main thread that doesn't give way). What must be closed at the end is closed before this.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _is_alone():
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the reader has gone

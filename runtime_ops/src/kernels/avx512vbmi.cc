@@ -140,8 +140,8 @@ Token token_at(const MultiplyArgs& a, const TableLayout& layout, size_t index) {
             reinterpret_cast<const int32_t*>(token + layout.sums_at), token + layout.tables_at};
 }
 
-// Few tokens: weights come from memory, once, and indices are made as they come. Tables are loaded once for all tiles,
-// because a core loads 64 bytes a cycle: with tables for each tile, that would be the limit.
+// Few tokens: weights come from memory, once, and indices are made as they come. Tables are loaded once for all tiles:
+// a core loads 64 bytes a cycle, and with tables for each tile loading would take as long as adding up.
 template <int kTiles, int kTokens, bool kBlocks>
 void stream_tiles(const MultiplyArgs& a, const TableLayout& layout, size_t tile, size_t first_token) {
     const size_t tile_stride = a.k_tiles * kTileBytes;
