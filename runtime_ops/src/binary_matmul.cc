@@ -1,6 +1,7 @@
 #include "binary_matmul.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -34,16 +35,17 @@ struct Work {
     const float* residual;
     float* y;
     size_t outputs;
-    uint8_t* tokens;  // [preparations, preparation_bytes], each [m, token_bytes]
+    uint8_t* tokens;  // [preparations, preparation_bytes], each [m, token_bytes]; null: each thread has its OwnToken
     size_t token_bytes;
     size_t preparation_bytes;
     size_t tiles_per_piece;
+    uint64_t region;            // of the OwnTokens that are this work's
+    std::atomic<bool>* failed;  // no memory for an OwnToken
 };
 
 size_t row_tiles(const BinaryLayer::Part& part) { return ceil_div(part.matrix.n, kTileRows); }
 
-void prepare_token(void* data, size_t index) {
-    const Work& work = *static_cast<const Work*>(data);
+TokenInput normed_input(const Work& work, size_t index) {
     TokenInput in;
     in.k = work.parts[0].matrix.k;
     in.x = work.x + index * in.k;
@@ -51,11 +53,53 @@ void prepare_token(void* data, size_t index) {
         const float mean = work.activations.sum_of_squares(in.x, in.k) / static_cast<float>(in.k);
         in.multiplier = 1.0f / std::sqrt(mean + work.norm.epsilon);
     }
-    for (size_t preparation = 0; preparation < work.preparations; ++preparation) {
-        in.alpha = work.parts[preparation].input_alpha;
-        in.beta = work.parts[preparation].input_beta;
-        work.level.prepare(in, work.tokens + preparation * work.preparation_bytes + index * work.token_bytes);
+    return in;
+}
+
+void prepare(const Work& work, TokenInput in, size_t preparation, uint8_t* token) {
+    in.alpha = work.parts[preparation].input_alpha;
+    in.beta = work.parts[preparation].input_beta;
+    work.level.prepare(in, token);
+}
+
+void prepare_token(void* data, size_t index) {
+    const Work& work = *static_cast<const Work*>(data);
+    const TokenInput in = normed_input(work, index);
+    for (size_t i = 0; i < work.preparations; ++i) {
+        prepare(work, in, i, work.tokens + i * work.preparation_bytes + index * work.token_bytes);
     }
+}
+
+// A single token is prepared by each thread for itself, as much of it as the thread's pieces take. Nobody waits for
+// another's preparation, and none is fetched from another core, which may be far away: where the host had put two cores
+// so, what one prepared and the other read cost a tenth of a token's time.
+struct OwnToken {
+    uint64_t region = 0;
+    TokenInput in;
+    bool prepared[BinaryLayer::kMaxParts];
+    ThreadMemory memory;
+};
+
+const uint8_t* own_token(const Work& work, size_t preparation) {
+    thread_local OwnToken own;
+    if (own.region != work.region) {
+        if (!own.memory.reserve(work.preparations * work.token_bytes)) {
+            work.failed->store(true, std::memory_order_relaxed);
+            return nullptr;
+        }
+        own.in = normed_input(work, 0);
+        std::fill_n(own.prepared, work.preparations, false);
+        own.region = work.region;
+    }
+    uint8_t* const token = own.memory.data() + preparation * work.token_bytes;
+    if (!own.prepared[preparation]) prepare(work, own.in, preparation, token);
+    own.prepared[preparation] = true;
+    return token;
+}
+
+uint64_t next_region() {
+    static std::atomic<uint64_t> regions{0};
+    return regions.fetch_add(1, std::memory_order_relaxed) + 1;
 }
 
 // Where the outputs of a range of tiles go: into y, or into a buffer.
@@ -72,7 +116,8 @@ MultiplyArgs arguments(const Work& work, const BinaryLayer::Part& part, size_t f
     args.k_tiles = ceil_div(matrix.k, kTileInputs);
     args.n_tiles = n_tiles;
     args.tiles = matrix.tiles + first_tile * args.k_tiles * kTileBytes;
-    args.tokens = work.tokens + part.preparation * work.preparation_bytes;
+    args.tokens =
+        work.tokens ? work.tokens + part.preparation * work.preparation_bytes : own_token(work, part.preparation);
     args.token_stride_in_bytes = work.token_bytes;
     args.m = work.m;
     const size_t first_row = first_tile * kTileRows;
@@ -138,6 +183,7 @@ void multiply_partial_tile(const Work& work, const BinaryLayer::Part& part, size
 void multiply_tiles(const Work& work, const BinaryLayer::Part& part, size_t first, size_t last, const Target& target) {
     const size_t whole_tiles = part.matrix.n / kTileRows;
     const size_t last_whole = std::min(last, whole_tiles);
+    if (!work.tokens && !own_token(work, part.preparation)) return;
     if (first < last_whole) work.level.multiply(arguments(work, part, first, last_whole - first, target));
     if (last <= whole_tiles) return;
     multiply_partial_tile(work, part, whole_tiles, {target.y + (whole_tiles - first) * kTileRows, target.stride});
@@ -229,11 +275,28 @@ bool BinaryLayer::run(const KernelTable& kernels, AccuracyLevel accuracy, const 
     const size_t token_bytes = level.token_bytes(k());
     const size_t fitting = std::max<size_t>(kChunkBytes / token_bytes / 8 * 8, 8);
     const size_t chunk = std::min({fitting, kMaxTokens, m});
-    TokenBuffer tokens(preparations_ * chunk * token_bytes);
+    const bool one = m == 1;
+    TokenBuffer tokens(one ? 0 : preparations_ * chunk * token_bytes);
     if (!tokens.data()) return false;
+    std::atomic<bool> failed{false};
 
-    Work work = {parts_,  count_,  preparations_, norm_,         level,       *kernels.activations, nullptr, 0,
-                 nullptr, nullptr, outputs_,      tokens.data(), token_bytes, chunk * token_bytes,  0};
+    Work work = {parts_,
+                 count_,
+                 preparations_,
+                 norm_,
+                 level,
+                 *kernels.activations,
+                 nullptr,
+                 0,
+                 nullptr,
+                 nullptr,
+                 outputs_,
+                 one ? nullptr : tokens.data(),
+                 token_bytes,
+                 chunk * token_bytes,
+                 0,
+                 one ? next_region() : 0,
+                 &failed};
     const bool swiglu = join_ == Join::kSwiglu;
     size_t tiles = 0;
     for (size_t i = 0; i < (swiglu ? 1 : count_); ++i) tiles += row_tiles(parts_[i]);
@@ -244,12 +307,12 @@ bool BinaryLayer::run(const KernelTable& kernels, AccuracyLevel accuracy, const 
         work.y = y + first * outputs_;
         work.residual = residual ? residual + first * outputs_ : nullptr;
         const bool small = work.m * k() * sizeof(float) * preparations_ < kPrepareBytes;
-        if (!run_pieces(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
+        if (!one && !run_pieces(small ? serial() : parallel, work.m, prepare_token, &work)) return false;
         work.tiles_per_piece = piece_tiles(tiles, tiles * tile_row_bytes * work.m);
         const size_t pieces = ceil_div(tiles, work.tiles_per_piece);
         if (!run_pieces(parallel, pieces, swiglu ? swiglu_piece : concat_piece, &work)) return false;
     }
-    return true;
+    return !failed.load(std::memory_order_relaxed);
 }
 
 }  // namespace fbiedge

@@ -27,4 +27,29 @@ class TokenBuffer {
     uint8_t* data_;
 };
 
+// A thread's own, kept from one use to the next and freed with the thread.
+class ThreadMemory {
+  public:
+    ThreadMemory() = default;
+    ~ThreadMemory() { release(); }
+    ThreadMemory(const ThreadMemory&) = delete;
+    ThreadMemory& operator=(const ThreadMemory&) = delete;
+
+    // At least so many bytes, of any content. False when there is no memory; there is none then.
+    bool reserve(size_t bytes) {
+        if (bytes <= bytes_) return true;
+        release();
+        data_ = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(kAlignment), std::nothrow));
+        bytes_ = data_ ? bytes : 0;
+        return data_;
+    }
+    uint8_t* data() { return data_; }
+
+  private:
+    void release() { ::operator delete(data_, std::align_val_t(kAlignment)); }
+
+    uint8_t* data_ = nullptr;
+    size_t bytes_ = 0;
+};
+
 }  // namespace fbiedge
