@@ -16,6 +16,9 @@ constexpr size_t kHeadBytes = 16 * 1024;  // of a head whose cache is empty: a m
 constexpr size_t kPieceBytes = 128 * 1024;
 constexpr size_t kSmallPieceBytes = 32 * 1024;
 constexpr size_t kManyHeads = 8;  // with as many, pieces can be large and still keep threads busy
+constexpr size_t kCacheLine = 64;
+constexpr size_t kPrefetchHeads = 2;         // how far ahead
+constexpr size_t kPrefetchBytes = 4 * 1024;  // of keys, and of values: what comes after, the hardware brings in
 
 struct Work {
     const Attention& a;
@@ -41,6 +44,31 @@ Head head_at(const Work& work, size_t index) { return {index / work.a.kv_heads, 
 
 size_t visible_to(const Work& work, const Head& head, size_t query) {
     return work.a.first[head.row] + query / work.group + 1;
+}
+
+void prefetch(const void* first, size_t bytes) {
+#if defined(__GNUC__)
+    for (size_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(first) + at);
+    __builtin_prefetch(static_cast<const char*>(first) + bytes - 1);
+#else
+    (void)first, (void)bytes;
+#endif
+}
+
+// What attending to one head will read and write of the cache. Between two tokens all weights have passed through the
+// cores' caches, and each head has four places far apart, so without this every head waits for memory several times.
+void prefetch_head(const Work& work, size_t index) {
+    const Attention& a = work.a;
+    const Head head = head_at(work, index);
+    const size_t rows = a.first[head.row] + 1, cached = head.index * a.capacity;
+    for (const int8_t* values : {a.keys + cached * a.d, a.values + cached * a.d}) {
+        prefetch(values, std::min(rows * a.d, kPrefetchBytes));
+        prefetch(values + (rows - 1) * a.d, a.d);
+    }
+    for (const float* scales : {a.key_scales + cached, a.value_scales + cached}) {
+        prefetch(scales, std::min(rows * sizeof(float), kPrefetchBytes));
+        prefetch(scales + rows - 1, sizeof(float));
+    }
 }
 
 // The new rows of one head, and its queries.
@@ -115,7 +143,12 @@ void finish(const Work& work, const Head& head, size_t query, size_t n_queries, 
 void attend_piece(void* data, size_t index) {
     const Work& work = *static_cast<const Work*>(data);
     const Head head = head_at(work, index / work.pieces);
-    if (work.prepares) store_rows(work, head, 0);
+    if (work.prepares) {
+        const size_t heads = work.a.batch * work.a.kv_heads;
+        const size_t next = head.index + kPrefetchHeads;
+        if (next < heads) prefetch_head(work, next);
+        store_rows(work, head, 0);
+    }
     const size_t query = index % work.pieces * kMaxQueries;
     const size_t n_queries = std::min(work.n_queries - query, kMaxQueries);
     AttentionState states[kMaxQueries];
