@@ -79,6 +79,9 @@ SAME_SLOT(ShapeInferContext_SetOutputTypeShape);
 SAME_SLOT(SetSymbolicDimensions);
 SAME_SLOT(ReadOpAttr);
 SAME_SLOT(KernelContext_ParallelFor);
+#if ORT_API_VERSION >= 24
+SAME_SLOT(GetTensorElementTypeAndShapeDataReference);
+#endif
 
 SAME_CALLBACK(version);
 SAME_CALLBACK(CreateKernel);

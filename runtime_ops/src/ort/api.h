@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <new>
 #include <string>
-#include <vector>
 
 #if defined(FBIEDGE_OFFICIAL_ORT_HEADER)
 #include <onnxruntime_c_api.h>
@@ -19,7 +19,9 @@ using namespace fbiedge_ort_abi;
 
 namespace fbiedge {
 
-constexpr uint32_t kOrtApiVersion = 18;  // the oldest that has all we use: ONNX Runtime 1.18
+constexpr uint32_t kOrtApiVersion = 18;  // the oldest that has all we need: ONNX Runtime 1.18
+constexpr uint32_t kShapeReferenceApiVersion =
+    24;  // the oldest that shows shapes without allocating, which view() likes
 
 // Thrown inside the glue only; guarded() turns it into an OrtStatus.
 struct OpError {
@@ -49,13 +51,42 @@ OrtStatus* guarded(const OrtApi& api, Body body) noexcept {
     }
 }
 
+// Dimensions, held in place: an operator has microseconds, and looks at up to a dozen tensors in them.
+class Dims {
+  public:
+    Dims() = default;
+    Dims(std::initializer_list<int64_t> dims) : Dims(dims.begin(), dims.size()) {}
+    Dims(const int64_t* dims, size_t rank);  // throws OpError for more than kMostDims
+
+    size_t size() const { return size_; }
+    bool empty() const { return size_ == 0; }
+    int64_t operator[](size_t i) const { return dims_[i]; }
+    int64_t& operator[](size_t i) { return dims_[i]; }
+    int64_t back() const { return dims_[size_ - 1]; }
+    int64_t& back() { return dims_[size_ - 1]; }
+    const int64_t* data() const { return dims_; }
+    const int64_t* begin() const { return dims_; }
+    const int64_t* end() const { return dims_ + size_; }
+
+  private:
+    static constexpr size_t kMostDims = 8;  // twice what any tensor of ours has
+
+    int64_t dims_[kMostDims];
+    size_t size_ = 0;
+};
+bool operator==(const Dims& a, const Dims& b);
+inline bool operator!=(const Dims& a, const Dims& b) { return !(a == b); }
+std::string to_string(const Dims& dims);
+
 struct TensorView {
     const void* data;
     ONNXTensorElementDataType type;
-    std::vector<int64_t> dims;
+    Dims dims;
 };
 TensorView view(const OrtApi& api, const OrtValue* value);
 
-std::string to_string(const std::vector<int64_t>& dims);
+// `api` is of kShapeReferenceApiVersion or later. The last one that was said to be so is remembered, as a process with
+// several ONNX Runtimes is rare and view() works without.
+void has_shape_references(const OrtApi* api);
 
 }  // namespace fbiedge

@@ -94,13 +94,14 @@ class AttentionKernel final : public OpKernel {
     Past read_past(OrtKernelContext* context, int64_t batch) const {
         Past past;
         for (size_t i = 0; i < 4; ++i) past.tensors[i] = input(api_, context, kPastKey + i);
-        const std::vector<int64_t>& keys = past.tensors[0].dims;
+        const Dims& keys = past.tensors[0].dims;
         past.length = keys.size() == 4 ? keys[2] : 0;
         const char* const names[] = {"past_key", "past_value", "past_key_scale", "past_value_scale"};
         for (size_t i = 0; i < 4; ++i) {
-            std::vector<int64_t> expected = {batch, signed_size(node_.kv_heads), past.length};
-            if (i < 2) expected.push_back(signed_size(node_.d));
-            const std::vector<int64_t>& dims = past.tensors[i].dims;
+            const int64_t kv_heads = signed_size(node_.kv_heads);
+            const Dims expected =
+                i < 2 ? Dims{batch, kv_heads, past.length, signed_size(node_.d)} : Dims{batch, kv_heads, past.length};
+            const Dims& dims = past.tensors[i].dims;
             if (dims != expected) {
                 fail(std::string(names[i]) + " has shape " + to_string(dims) + ", expected " + to_string(expected));
             }
@@ -110,7 +111,7 @@ class AttentionKernel final : public OpKernel {
 
     std::vector<size_t> first_positions(OrtKernelContext* context, int64_t batch, int64_t tokens) const {
         const TensorView seqlens = input(api_, context, kSeqlens);
-        if (seqlens.dims != std::vector<int64_t>{batch}) {
+        if (seqlens.dims != Dims{batch}) {
             fail("seqlens_k has shape " + to_string(seqlens.dims) + ", expected [" + std::to_string(batch) + "]");
         }
         std::vector<size_t> first(static_cast<size_t>(batch));
@@ -151,7 +152,7 @@ class AttentionKernel final : public OpKernel {
     // both are one.
     void* present(OrtKernelContext* context, const Past& pasts, size_t i, int64_t length, size_t row_bytes) const {
         const TensorView& past = pasts.tensors[i];
-        std::vector<int64_t> dims = past.dims;
+        Dims dims = past.dims;
         dims[2] = length;
         auto* to = static_cast<uint8_t*>(output(api_, context, kPresentKey + i, dims));
         const auto* from = static_cast<const uint8_t*>(past.data);

@@ -22,7 +22,7 @@ class BinaryLayerKernel final : public OpKernel {
             throw OpError{who_ + ": A has shape " + to_string(a.dims) +
                           ", expected the last dimension to be K = " + std::to_string(layer_.k())};
         }
-        std::vector<int64_t> dims = a.dims;
+        Dims dims = a.dims;
         dims.back() = static_cast<int64_t>(layer_.outputs());
         size_t m = 1;
         for (size_t i = 0; i + 1 < dims.size(); ++i) m *= static_cast<size_t>(dims[i]);
@@ -34,7 +34,7 @@ class BinaryLayerKernel final : public OpKernel {
     }
 
   private:
-    const float* residual_of(OrtKernelContext* context, const std::vector<int64_t>& dims) const {
+    const float* residual_of(OrtKernelContext* context, const Dims& dims) const {
         const TensorView residual = input(api_, context, residual_);
         if (residual.dims != dims) {
             throw OpError{who_ + ": a computed bias has shape " + to_string(residual.dims) +
@@ -83,13 +83,11 @@ BinaryMatrix read_matrix(const NodeReader& node, size_t first, const char* n_att
     matrix.tiles = static_cast<const uint8_t*>(
         node.constant(b, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, {n_tiles, k_tiles, static_cast<int64_t>(kTileBytes)}));
     if (block) {
-        const std::vector<int64_t> shape = {n_tiles, groups, static_cast<int64_t>(kTileRows)};
+        const Dims shape = {n_tiles, groups, static_cast<int64_t>(kTileRows)};
         matrix.block = node.constant(scales, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, shape, &matrix.block_fp16);
         if (node.has(offsets)) node.fail(node.input_name(offsets) + " are given, expected none in block form");
     } else {
-        const std::vector<int64_t> shape = {matrix.form == ScaleForm::kColumn ? k
-                                            : matrix.form == ScaleForm::kRow  ? n
-                                                                              : 1};
+        const Dims shape = {matrix.form == ScaleForm::kColumn ? k : matrix.form == ScaleForm::kRow ? n : 1};
         matrix.alpha = node.constant_floats(scales, shape);
         matrix.beta = node.constant_floats(offsets, shape);
     }

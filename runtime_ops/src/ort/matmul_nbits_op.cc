@@ -20,7 +20,7 @@ class MatMulNBitsKernel final : public OpKernel {
             throw OpError{who_ + ": A has shape " + to_string(a.dims) +
                           ", expected the last dimension to be K = " + std::to_string(matrix_.k)};
         }
-        std::vector<int64_t> dims = a.dims;
+        Dims dims = a.dims;
         dims.back() = static_cast<int64_t>(matrix_.n);
         size_t m = 1;
         for (size_t i = 0; i + 1 < dims.size(); ++i) m *= static_cast<size_t>(dims[i]);
@@ -48,9 +48,9 @@ NBitsMatrix read_matrix(const NodeReader& node) {
     if (block_size != static_cast<int64_t>(kNBitsBlockInputs)) {
         node.fail("block_size is " + std::to_string(block_size) + ", expected " + std::to_string(kNBitsBlockInputs));
     }
-    const std::vector<int64_t> shape = {static_cast<int64_t>(ceil_div(matrix.n, kTileRows)),
-                                        static_cast<int64_t>(ceil_div(matrix.k, kGroupInputs)),
-                                        static_cast<int64_t>(nbits_group_bytes(matrix.bits))};
+    const Dims shape = {static_cast<int64_t>(ceil_div(matrix.n, kTileRows)),
+                        static_cast<int64_t>(ceil_div(matrix.k, kGroupInputs)),
+                        static_cast<int64_t>(nbits_group_bytes(matrix.bits))};
     matrix.tiles = static_cast<const uint8_t*>(node.constant(kB, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, shape));
     return matrix;
 }

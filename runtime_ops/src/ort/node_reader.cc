@@ -96,8 +96,7 @@ TensorView NodeReader::constant_view(size_t index) const {
     return view(api_, value);
 }
 
-const void* NodeReader::constant(size_t index, ONNXTensorElementDataType type, const std::vector<int64_t>& dims,
-                                 bool* is_fp16) const {
+const void* NodeReader::constant(size_t index, ONNXTensorElementDataType type, const Dims& dims, bool* is_fp16) const {
     const std::string name = inputs_[index].name;
     if (!has(index) && inputs_[index].optional) return nullptr;
     const TensorView tensor = constant_view(index);
@@ -113,7 +112,7 @@ const void* NodeReader::constant(size_t index, ONNXTensorElementDataType type, c
     return tensor.data;
 }
 
-const float* NodeReader::constant_floats(size_t index, const std::vector<int64_t>& dims) const {
+const float* NodeReader::constant_floats(size_t index, const Dims& dims) const {
     return static_cast<const float*>(constant(index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, dims));
 }
 

@@ -1,6 +1,8 @@
 // A node as the model file describes it: attributes and constant inputs, checked as they are read.
 #pragma once
 
+#include <vector>
+
 #include "api.h"
 
 namespace fbiedge {
@@ -36,11 +38,10 @@ class NodeReader {
 
     // The data of a constant input of type `type` and shape `dims`; null for an absent optional one. Where fp16 is
     // allowed too, *is_fp16 says what it is.
-    const void* constant(size_t index, ONNXTensorElementDataType type, const std::vector<int64_t>& dims,
-                         bool* is_fp16 = nullptr) const;
+    const void* constant(size_t index, ONNXTensorElementDataType type, const Dims& dims, bool* is_fp16 = nullptr) const;
     // Any constant input; fails where it is absent or computed.
     TensorView constant_view(size_t index) const;
-    const float* constant_floats(size_t index, const std::vector<int64_t>& dims) const;
+    const float* constant_floats(size_t index, const Dims& dims) const;
 
   private:
     const OrtApi& api_;

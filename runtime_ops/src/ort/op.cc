@@ -18,7 +18,7 @@ TensorView input(const OrtApi& api, const OrtKernelContext* context, size_t inde
     return view(api, value);
 }
 
-void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims) {
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Dims& dims) {
     OrtValue* value = nullptr;
     check(api, api.KernelContext_GetOutput(context, index, dims.data(), dims.size(), &value));
     void* data = nullptr;

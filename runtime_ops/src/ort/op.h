@@ -54,7 +54,7 @@ AccuracyLevel read_level(const Environment& environment, const NodeReader& node)
 
 // Throws OpError for an input that is absent.
 TensorView input(const OrtApi& api, const OrtKernelContext* context, size_t index);
-void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const std::vector<int64_t>& dims);
+void* output(const OrtApi& api, OrtKernelContext* context, size_t index, const Dims& dims);
 
 // The integer attribute of a node whose shapes are inferred.
 int64_t inferred_attribute(const OrtApi& api, OrtShapeInferContext* context, const char* name);

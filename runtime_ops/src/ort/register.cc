@@ -126,6 +126,7 @@ extern "C" FBIEDGE_EXPORT OrtStatus* ORT_API_CALL FBIEDGE_REGISTER_FUNCTION(OrtS
         return oldest ? oldest->CreateStatus(ORT_FAIL, "fbiedge: this ONNX Runtime is too old, 1.18 or later is needed")
                       : nullptr;
     }
+    if (api_base->GetApi(kShapeReferenceApiVersion) == api) has_shape_references(api);
     return guarded(*api, [&] {
         const Environment environment = {api, &choose_kernels(), read_override(*api, options),
                                          read_threads(*api, options)};

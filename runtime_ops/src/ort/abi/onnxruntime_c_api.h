@@ -3,7 +3,7 @@
  * it is taken instead (-DONNXRUNTIME_INCLUDE_DIR=DIR), and abi_check.cc compares the two.
  *
  * OrtApi is an append-only table of function pointers and OrtCustomOp only grows at its end, so the positions hold for
- * every ONNX Runtime that offers API 18 (1.18 and later).
+ * every ONNX Runtime that offers API 18 (1.18 and later), and to the end of OrtApi where it offers API 24.
  */
 #pragma once
 
@@ -185,6 +185,11 @@ typedef struct OrtApi {
     void* slots_273_to_273[1];
     OrtStatus*(ORT_API_CALL* KernelContext_ParallelFor)(const OrtKernelContext* context, void (*fn)(void*, size_t),
                                                         size_t total, size_t num_batch, void* data);
+    /* From here on API 24 (ONNX Runtime 1.24). */
+    void* slots_275_to_413[139];
+    OrtStatus*(ORT_API_CALL* GetTensorElementTypeAndShapeDataReference)(const OrtValue* value,
+                                                                        ONNXTensorElementDataType* type,
+                                                                        const int64_t** dims, size_t* rank);
 } OrtApi;
 
 typedef struct OrtApiBase {
