@@ -76,7 +76,7 @@ def _serve(settings: dict[str, Any]) -> None:
             session.forward(ids[depth:])
         else:
             for token in ids[depth:]:
-                session.forward([token])
+                session.forward([token], copy=False)  # as chat does
         _answer({"seconds": perf_counter() - started})
 
 

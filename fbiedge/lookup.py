@@ -102,7 +102,9 @@ class Decoder:
         shortest = _SHORTEST if self._right else _SHORTEST_AFTER_WRONG
         draft = self._lookup.draft(int(room), shortest) if room > 0 else []
         if not draft:
-            return self._engine.forward([token_id])
+            return self._engine.forward(
+                [token_id], copy=False
+            )  # the caller picks a token from them before the next step
         rows = self._engine.all_logits([token_id, *draft])
         self._draft, self._rows, self._right = draft, list(rows[1:]), 0
         self.drafted += len(draft)

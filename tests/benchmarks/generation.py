@@ -60,7 +60,7 @@ class Copying:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
 
-    def forward(self, ids: Sequence[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int], *, copy: bool = True) -> np.ndarray:
         return self._raised(self.session.forward(ids)[None])[0]
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:

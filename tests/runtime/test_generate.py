@@ -55,7 +55,7 @@ class Script:
     def truncate(self, length: int) -> None:
         del self.tokens[length:]
 
-    def forward(self, ids: Sequence[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int], *, copy: bool = True) -> np.ndarray:
         return self.all_logits(ids)[-1]
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -89,7 +89,7 @@ class Recording:
     def position(self) -> int:
         return self._session.position
 
-    def forward(self, ids: Sequence[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int], *, copy: bool = True) -> np.ndarray:
         logits = self._session.forward(ids)
         self.rows.append(logits)
         return logits

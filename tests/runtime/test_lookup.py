@@ -160,7 +160,7 @@ class Reciter:
     def truncate(self, length: int) -> None:
         self.position = length
 
-    def forward(self, ids: Sequence[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int], *, copy: bool = True) -> np.ndarray:
         return self.all_logits(ids)[-1]
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
