@@ -10,7 +10,6 @@ import glob
 import os
 import platform
 import re
-import secrets
 import shutil
 import stat
 import zlib
@@ -126,7 +125,7 @@ def require_utf8(path: Path, kind: type[FbiEdgeError]) -> None:
 
 
 def _temporary(real: Path) -> Path:
-    return real.with_name(f".{real.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return real.with_name(f".{real.name}.{_HOST}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
 def _remove_stale(real: Path) -> None:

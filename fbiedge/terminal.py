@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from . import __version__
@@ -262,6 +261,8 @@ def _print_header(chat: Chat) -> None:
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields `update(done, total)`; draws only at a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # 1 MB, of which chat needs nothing
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
