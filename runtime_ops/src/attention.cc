@@ -48,8 +48,8 @@ size_t visible_to(const Work& work, const Head& head, size_t query) {
 
 void prefetch(const void* first, size_t bytes) {
 #if defined(__GNUC__)
-    for (size_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(first) + at);
-    __builtin_prefetch(static_cast<const char*>(first) + bytes - 1);
+    for (size_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(first) + at, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(first) + bytes - 1, 0, 2);
 #else
     (void)first, (void)bytes;
 #endif
