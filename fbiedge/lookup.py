@@ -90,7 +90,7 @@ class Decoder:
         return self._engine.position - len(self._draft)
 
     def step(self, token_id: int, most: float) -> npt.NDArray[np.float32]:
-        """Go on with `token_id` -> the logits after it; `most` more will be asked for."""
+        """Go on with `token_id` -> the logits after it, valid until the next step; `most` more will be asked for."""
         self._append(token_id)
         if self._draft and self._draft[0] == token_id:
             self.accepted += 1
@@ -102,9 +102,7 @@ class Decoder:
         shortest = _SHORTEST if self._right else _SHORTEST_AFTER_WRONG
         draft = self._lookup.draft(int(room), shortest) if room > 0 else []
         if not draft:
-            return self._engine.forward(
-                [token_id], copy=False
-            )  # the caller picks a token from them before the next step
+            return self._engine.forward([token_id], copy=False)
         rows = self._engine.all_logits([token_id, *draft])
         self._draft, self._rows, self._right = draft, list(rows[1:]), 0
         self.drafted += len(draft)

@@ -36,10 +36,10 @@ def test_an_answer_that_fails_is_told_and_the_next_is_answered(
     session = open_session(MODEL)
     forward, failures = session.forward, [error]
 
-    def failing(ids: Any) -> Any:
+    def failing(ids: Any, **options: Any) -> Any:
         if failures:
             raise failures.pop()
-        return forward(ids)
+        return forward(ids, **options)
 
     monkeypatch.setattr(session, "forward", failing)
 
@@ -64,7 +64,7 @@ def test_where_the_engine_ends_everybody_is_told(monkeypatch: pytest.MonkeyPatch
     """Those under way, those that wait, and those that come later."""
     session = open_session(MODEL)
 
-    def ending(ids: Any) -> Any:
+    def ending(ids: Any, **options: Any) -> Any:
         raise SystemExit
 
     monkeypatch.setattr(session, "forward", ending)

@@ -61,7 +61,8 @@ void split(const int16_t* query, size_t d, Planes& planes) {
     planes.correction = -128 * _mm512_reduce_add_epi32(sums_i32x16);
 }
 
-void prefetch(const int8_t* row) { _mm_prefetch(reinterpret_cast<const char*>(row), _MM_HINT_T0); }
+// To the second cache: prefetches to the first wait for one another.
+void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
 int32_t word(const void* bytes, size_t index) {
     int32_t value;
@@ -133,6 +134,8 @@ template <int kQueries>
 void score_rows(const AttendArgs& a, const Planes* planes, size_t n_tokens, int32_t (*scores)[kBlockTokens]) {
     const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
     for (size_t first = 0; first < n_tokens; first += kLanes) {
+        prefetch(a.key_scales + kBlockTokens + first);
+        prefetch(a.value_scales + kBlockTokens + first);
         __m512i parts_i32x16[kQueries][4];
         for (size_t part = 0; part < 4; ++part) {
             __m512i high_i32x16[kQueries][4], low_i32x16[kQueries][4];
@@ -157,9 +160,11 @@ void score_rows(const AttendArgs& a, const Planes* planes, size_t n_tokens, int3
                 }
             }
             for (int i = 0; i < kQueries; ++i) {
-                const __m512i high_i32x4x4 = add_within_parts(high_i32x16[i]);
-                parts_i32x16[i][part] =
-                    _mm512_add_epi32(_mm512_slli_epi32(high_i32x4x4, 8), add_within_parts(low_i32x16[i]));
+                __m512i sums_i32x16[4];
+                for (size_t t = 0; t < 4; ++t) {
+                    sums_i32x16[t] = _mm512_add_epi32(_mm512_slli_epi32(high_i32x16[i][t], 8), low_i32x16[i][t]);
+                }
+                parts_i32x16[i][part] = add_within_parts(sums_i32x16);
             }
         }
         for (int i = 0; i < kQueries; ++i) {
