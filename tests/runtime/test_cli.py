@@ -334,6 +334,21 @@ def test_a_reader_that_leaves(plain_model: Path) -> None:
     assert process.stderr.read() == ""
 
 
+def test_a_chat_imports_nothing_large_that_it_does_not_use(plain_model: Path) -> None:
+    """pydantic, numpy.random and secrets cost 11 MB; typer from 0.29 on brings the first."""
+    program = (
+        "import sys\n"
+        "from fbiedge.cli import run\n"
+        f"code = run(['chat', {str(plain_model)!r}, '--max-tokens', '3', '--temperature', '1'])\n"
+        "loaded = {'pydantic', 'numpy.random', 'secrets', 'rich.progress', 'torch', 'onnx'} & set(sys.modules)\n"
+        "sys.exit(str(sorted(loaded)) if loaded else code)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60, input="a\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_what_a_device_lacks_is_not_imported(plain_model: Path) -> None:
     """The runtime works, and nothing of it tries, where torch, onnx and safetensors are missing."""
     program = (

@@ -87,6 +87,16 @@ def test_earlier_logits_survive_the_next_run(session: Session) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
+def test_logits_without_a_copy_are_the_same_until_the_next_run(session: Session) -> None:
+    session.forward(IDS[:3])
+    view = session.forward(IDS[3:4], copy=False)
+    kept = view.copy()
+    session.truncate(3)
+    np.testing.assert_array_equal(session.forward(IDS[3:4]), kept)
+    session.forward(IDS[5:6])
+    assert not np.array_equal(view, kept)  # so it was one; else `copy` saves nothing
+
+
 def test_reuse_keeps_the_common_beginning(session: Session, expected: np.ndarray) -> None:
     assert session.reuse(IDS) == 0
     session.forward(IDS[:20])
